@@ -1,9 +1,9 @@
-"""Attention that addresses a pool's blocks by number against attention through its slots.
+"""Attention through a pool's block table compared with attention through its slots.
 
     python benchmarks/addressing.py [--quick] [--json]
 
-Both read the same cache in turns, layer after layer; a figure is the median of the turns, and the
-ratio that of each turn's two times. Blocks are scattered, in blocks of 16 and of 128 tokens.
+Both read the same cache in turns, layer after layer. Times are medians over the turns, and the
+ratio is the median of the turns' ratios. Blocks of 16 and of 128 tokens are scattered in memory.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def _case(
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Times per layer through slots and through the table.
+    """Measures the time per layer through slots and through the table.
 
     Args:
-        quick: one small case, a moment each.
+        quick: one small case, and a short time for each measurement.
     """
     rows = []
     for name, sequences, context, new in _QUICK if quick else _CASES:

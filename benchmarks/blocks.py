@@ -1,4 +1,4 @@
-"""Slots for measurements whose blocks lie in a row or scattered in physical memory."""
+"""Acquires slots for measurements, with contiguous or scattered blocks in physical memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ __all__ = ["acquire", "neighbouring_share"]
 
 
 def acquire(pool: kvp.KVPool, contexts: Sequence[int], scattered: bool) -> tuple[Any, Any]:
-    """Slots for all contexts, and the cache; scattered ones grow a block at a time in random turns,
-    so that blocks that are neighbours in a slot are not neighbours in physical memory.
+    """Acquires slots for all contexts; returns them and the cache. To scatter blocks, the slots
+    grow by a block at a time in random order, so that neighbouring blocks of a slot are not
+    neighbours in physical memory.
 
-    A scattered pool needs one slot and room for the longest context more than its contexts.
+    Scattering needs one more slot, and room for the longest context in it.
     """
     cache = pool.cache()
     if not scattered:
         return pool.acquire(cache, list(contexts))
     step = pool.spec.block_tokens or 1
-    # One more slot grows along, so that a single sequence is scattered too.
+    # Another slot grows at the same time, so that a single sequence is scattered too.
     targets = [*contexts, max(contexts)]
     slots, cache = pool.acquire(cache, [1] * len(targets))
     turns = [i for i, n in enumerate(targets) for _ in range(1, -(-n // step))]
@@ -35,7 +36,7 @@ def acquire(pool: kvp.KVPool, contexts: Sequence[int], scattered: bool) -> tuple
 
 
 def neighbouring_share(pool: kvp.KVPool, slots: Sequence[int]) -> float:
-    """The share of blocks whose physical successor follows them in the slot too."""
+    """The share of pairs of successive blocks in a slot that are also adjacent in memory."""
     pairs = [
         b[0] == a[0] + 1
         for slot in slots

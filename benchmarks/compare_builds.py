@@ -4,7 +4,7 @@
 
 Each DIR contains a built `jax_kvpage` package (`pip install --no-deps --target DIR .`). Three
 processes take turns (`duel.py`): the old build, the new one, and the old one again, whose ratio to
-itself is the spread of the machine. The figures are medians over shapes of the ratio of times.
+itself shows the noise of the machine. The figures are medians over shapes of the ratio of times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LABELS = ("old", "new", "again")
 def attention(
     sites: dict[str, str], repeats: int, seconds: float, quick: bool, python: str
 ) -> list[dict[str, Any]]:
-    """Ratios of times to the old build's, for each section, dtype and variant.
+    """Measures times relative to the old build's, for each section, dtype and variant.
 
     Args:
         sites: directory with each build's package, by label.
@@ -72,7 +72,7 @@ def attention(
 
 
 def dispatch(sites: dict[str, str], repeats: int, python: str) -> dict[str, Any]:
-    """Microseconds of a dispatched step (best rounds) in each build, and ratios to the old one."""
+    """Measures the dispatch time of a step in each build, in us, and relative to the old one."""
     times: dict[str, list[float]] = {label: [] for label in _LABELS}
     for repeat in range(repeats):
         for label in _LABELS[repeat % 3 :] + _LABELS[: repeat % 3]:

@@ -1,10 +1,10 @@
 """Dispatch cost that this package's ops add to a jitted step with many parameter arrays.
 
-JAX keeps a program on its fast dispatch path only while nothing in it has an effect; our ops have
-none. This measures that: a step over 300 parameter arrays, with and without `update_and_attend` and
-`advance`, called in turns so that both see the same machine. Only the call is timed, not the
-computation that it starts: both steps contain a matrix product that is large enough for XLA to run
-them on another thread instead of inside the call.
+JAX keeps a program on its fast dispatch path only if nothing in it has an effect; our ops have
+none. To verify this, a step over 300 parameter arrays is called with and without
+`update_and_attend` and `advance`, in turns, so that both see the same machine. Only the call is
+timed, not the computation that it starts: both steps contain a matrix product that is large enough
+for XLA to run them on another thread instead of inside the call.
 
     python benchmarks/dispatch.py [--parameters 300] [--calls 2000] [--json]
 """
@@ -39,7 +39,7 @@ def plain_step(
     batch: tuple[jax.Array, ...],
     x: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The same arguments and results without the ops: the state is passed through."""
+    """The step without the ops: the same arguments and results, with the state passed through."""
     handle, epoch, lengths = cache
     slots, _ = batch
     for _ in range(_LAYERS):
@@ -51,7 +51,7 @@ def plain_step(
 def kvpage_step(
     params: list[jax.Array], cache: kvp.KVCache, batch: kvp.Batch, x: jax.Array
 ) -> tuple[jax.Array, kvp.KVCache]:
-    """The step with a cache: one call a layer and one to advance."""
+    """The step with a cache: one op per layer, and one to advance."""
     for layer in range(_LAYERS):
         x = jnp.tanh(_mix(params, x))
         x, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
@@ -72,8 +72,8 @@ def _timed(call: Callable[[], object], calls: int) -> float:
 def measure(num_parameters: int, calls: int, calls_per_round: int = 5) -> dict[str, float]:
     """Times both steps in short, interleaved rounds.
 
-    The best rounds are compared, as `timeit` recommends: other load on the machine can only add to
-    them. Medians are reported beside them.
+    The best rounds are compared, as `timeit` recommends: other load on the machine can only make
+    rounds slower. Medians are reported too.
     """
     params = [jnp.full((_WIDTH, _WIDTH), 1e-3)]
     params += [jnp.full((8,), 1e-3) for _ in range(num_parameters - 1)]

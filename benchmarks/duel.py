@@ -1,8 +1,8 @@
-"""Runs the peers against each other: one process each, in turns, so that all see the same machine.
+"""Compares the peers, each in its own process, in turns, so that all see the same machine.
 
-A turn sets a case up in a peer's process, measures the floor, the peer and the floor again, and
+A turn sets up a case in a peer's process, measures the floor, the peer and the floor again, and
 frees everything. Repeats are the outermost loop and the order of the peers rotates, so that a slow
-minute of the machine is spread over all of them.
+period of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shapes import ITEM_BYTES, Case, check_cases
 __all__ = ["Contender", "Duel", "PeerProcess", "summarise"]
 
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
-# An error larger than this is a wrong result, not a rounding: inputs are normal deviates.
+# A larger error is a wrong result and not rounding: inputs are normally distributed.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.1, "fp8": 0.4}
 
 Contender = tuple[str, str]  # peer, variant
@@ -33,8 +33,8 @@ class PeerProcess:
     Args:
         name: module below `peers/`, optionally followed by "@" and a label.
         python: interpreter that has the peer installed.
-        log: file for its output.
-        environment: variables of the process in addition to this one's.
+        log: file for its standard error.
+        environment: additional environment variables of the process.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PeerProcess:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits; the answer of a dead process is `failed`."""
+        """Sends a request and waits for the answer, which is `failed` if the process has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -83,19 +83,19 @@ class PeerProcess:
 
 
 class Duel:
-    """The available peers, checked, and their measurements.
+    """Checks and measures the available peers.
 
     Args:
         pythons: interpreter of each peer, by name.
-        folder: for the processes' logs.
+        folder: folder for the processes' logs.
         say: called with progress messages.
-        environments: additional variables of a peer's process, by name.
+        environments: additional environment variables of a peer's process, by name.
 
     Attributes:
-        versions: of each available peer.
+        versions: versions of each available peer.
         absent: why a peer is not available.
         errors: the largest error of each peer, variant and dtype against float64.
-        records: one for each case, peer and variant: see `summarise`.
+        records: a record for each case, peer and variant: see `summarise`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Duel:
             process.close()
 
     def check(self, dtypes: Iterable[str]) -> None:
-        """Compares every peer with float64 on small cases; one that is wrong is not timed."""
+        """Compares every peer with float64 on small cases; those that are wrong are not timed."""
         for dtype in dtypes:
             for case in check_cases(dtype):
                 for contender in self._contenders:
@@ -155,7 +155,7 @@ class Duel:
             self._give_up(contender, case, answer["failed"])
         elif "unsupported" in answer:
             self._given_up[contender, case.section + case.dtype] = answer["unsupported"]
-            if case.section == "mixed":  # here it depends on the case
+            if case.section == "mixed":  # support depends on the case
                 del self._given_up[contender, case.section + case.dtype]
         return answer
 
@@ -202,11 +202,11 @@ def _rotated(contenders: list[Contender], by: int) -> Iterator[Contender]:
 
 
 def summarise(case: Case, peer: str, variant: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record: medians over the turns, and the turns themselves.
+    """Makes a record with medians over the turns, and the turns themselves.
 
     Returns:
-        seconds and gbps (valid keys and values) a call, gflops, fraction of the floor (each with
-        `_low` and `_high` over the turns), the floor, and what the case was.
+        The case, seconds per call, gbps (of valid keys and values), gflops, the floor, and the
+        fraction of it; seconds and fraction also with `_low` and `_high` over the turns.
     """
     seconds = [turn["seconds"] for turn in turns]
     floors = [statistics.mean(turn["floor"]) for turn in turns]

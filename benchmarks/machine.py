@@ -1,4 +1,4 @@
-"""Machine, date and commit, to put the numbers into context."""
+"""Describes the machine, date and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _field(text: str, name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the repository around this file, if it is one, and whether files differ."""
+    """The commit of the repository that contains this file, if any, and whether it is modified."""
     here = str(pathlib.Path(__file__).parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -57,6 +57,6 @@ def describe() -> dict[str, Any]:
 
 
 def short_name(machine: dict[str, Any]) -> str:
-    """For file names."""
+    """A short name of the machine for file names."""
     name = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
     return f"{name}-{machine['family'].replace('/', '-')}"

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--quick] [--json]
 
-On the host: `acquire` of memory never used (the system zeroes it), of blocks parked by an earlier
-request (no system call) and `release`; `extend` with and without something to map. In programs:
-`map_slots` with nothing to map, against a program that only changes an array.
+On the host: `acquire` of new memory (the system zeroes it) and of blocks parked by an earlier
+request (no system call), and `release`; `extend` with and without something to map. In programs:
+`map_slots` with nothing to map, compared with a program that only changes an array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax_kvpage as kvp
 
 __all__ = ["measure"]
 
-# Llama-3-8B: 32 layers of 8 key/value heads of 128 in bfloat16, 128 KiB a token.
+# Llama-3-8B: 32 layers with 8 key/value heads of size 128 in bfloat16, 128 KiB per token.
 _SPEC = kvp.CacheSpec(32, 8, 128, max_slots=64, max_seq_len=8192, dtype=jnp.bfloat16)
 _TOKENS = 1024
 
@@ -41,7 +41,7 @@ def _row(name: str, times: list[float], calls: int, note: str) -> dict[str, Any]
 
 
 class _Timer:
-    """Times calls and counts the system calls that the pool made in them."""
+    """Times calls and counts the pool's system calls in them."""
 
     def __init__(self, pool: kvp.KVPool) -> None:
         self._pool = pool
@@ -61,7 +61,7 @@ class _Timer:
 
 
 def _requests(rounds: int) -> list[dict[str, Any]]:
-    """Requests that come and go: the first ones find no memory, later ones reuse it."""
+    """Requests that come and go: the first ones allocate memory, later ones reuse it."""
     spec = _SPEC.resolve("cpu")
     blocks = -(-_TOKENS // (spec.block_tokens or 1))
     megabytes = blocks * spec.block_bytes / 2**20
@@ -85,7 +85,7 @@ def _requests(rounds: int) -> list[dict[str, Any]]:
 
 
 def _growth(rounds: int) -> list[dict[str, Any]]:
-    """A sequence that grows: a new block each time, and room that is there already."""
+    """A growing sequence: with a new block each time, and with room that is already mapped."""
     with kvp.KVPool(_SPEC, 2**30) as pool:
         block = pool.spec.block_tokens or 1
         cold, warm, nothing = _Timer(pool), _Timer(pool), _Timer(pool)
@@ -98,8 +98,9 @@ def _growth(rounds: int) -> list[dict[str, Any]]:
             nothing(functools.partial(pool.extend, slot, n * block))
         cache = pool.release(cache, slot)
         jax.block_until_ready(cache)
-        # A second sequence takes blocks that are parked elsewhere: no memory is allocated or
-        # zeroed. The first slot is adopted by a small request, so that its tail can be taken.
+        # A second sequence takes blocks that are parked in another slot: no memory is allocated or
+        # zeroed. That slot is reused by a small request, so that the rest of its blocks can be
+        # taken.
         first, cache = pool.acquire(cache, len(steps) * block)
         cache = pool.release(cache, first)
         jax.block_until_ready(cache)
@@ -164,14 +165,14 @@ def _programs(rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """All of it; medians and quartiles in microseconds."""
+    """Runs all measurements; returns medians and quartiles in microseconds."""
     rounds = 5 if quick else 40
     rows = _requests(rounds) + _growth(2 * rounds) + _programs(50 * rounds)
     return {"tables": {"memory calls": rows}}
 
 
 def main() -> None:
-    """Prints one line a call, or one JSON object."""
+    """Prints one line per call, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")

@@ -1,12 +1,12 @@
-"""What reuse of a segment at other positions costs in accuracy, by the share that is recomputed.
+"""Loss of accuracy from reusing a segment at other positions, by the share that is recomputed.
 
     python benchmarks/partial_reuse.py [--quick] [--json]
 
-A prompt is [other text][document][continuation]. The document's keys and values were computed
-behind a start token only, or with nothing before it. Its leading share is run through the model in
-the prompt, the rest is reused (`KVPool.reuse_segment`); then the continuation is run, and the
-logits at each of its tokens are compared with those of a prompt that was computed as a whole. Texts
-are those held out from the training of the model that ships with the examples, in float32.
+A prompt is [other text][document][continuation]. The document's keys and values were computed after
+a start token only, or with nothing before it. The first share of it is run through the model in the
+prompt, and the rest is reused (`KVPool.reuse_segment`); then the continuation is run, and the
+logits at each of its tokens are compared with those of a prompt that was computed in full. The
+model is the one that ships with the examples, in float32, on texts held out from its training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Logits = NDArray[np.float32]
 
 
 class Reuser:
-    """A model and a pool of few slots, in which prompts are computed in whole or in part."""
+    """A model and a pool with a few slots, in which prompts are computed fully or in part."""
 
     def __init__(self, model: Llama) -> None:
         config = model.config
@@ -69,7 +69,7 @@ class Reuser:
         self._step: Callable[..., Any] = lambda *rest: compiled(state, *rest)
 
     def run(self, slot: int, ids: Ids) -> Logits:
-        """Runs new tokens of a sequence; the logits of each."""
+        """Runs new tokens of a sequence; returns the logits of each."""
         if not len(ids):
             return np.zeros((0, 0), np.float32)
         batch = kvp.Batch.from_lengths([slot], [len(ids)])
@@ -78,7 +78,7 @@ class Reuser:
         return np.asarray(logits)
 
     def compute(self, ids: Ids) -> int:
-        """A slot with these tokens."""
+        """Computes these tokens in a new slot and returns it."""
         slot, self.cache = self.pool.acquire(self.cache, len(ids))
         self.run(slot, ids)
         return slot
@@ -93,16 +93,16 @@ class Reuser:
         begin: int = 1,
         rotated: bool = True,
     ) -> Logits:
-        """The logits of the tokens `after` a document.
+        """The logits of the tokens `after` a document, part of which is reused.
 
         Args:
-            before: tokens before it.
-            document: its tokens.
-            after: tokens behind it.
+            before: tokens before the document.
+            document: tokens of the document.
+            after: tokens after the document.
             source: a slot that has the document.
-            share: of the document that is recomputed, 0 to 1.
-            begin: where it begins there; 1: behind a start token.
-            rotated: False leaves the keys at their old angles, which is wrong.
+            share: share of the document to recompute, 0 to 1.
+            begin: position of the document in `source`; 1: after a start token.
+            rotated: False keeps the old angles of the keys, which is wrong.
         """
         recomputed = round(share * len(document))
         slot, self.cache = self.pool.acquire(
@@ -124,7 +124,7 @@ class Reuser:
         return logits
 
     def without(self, before: Ids, after: Ids) -> Logits:
-        """The logits of the tokens `after` a prompt that leaves the document out."""
+        """The logits of the tokens `after` a prompt without the document."""
         slot = self.compute(before)
         self.pool.extend(slot, len(before) + len(after))
         logits = self.run(slot, after)
@@ -139,7 +139,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 
 def compare(full: Logits, got: Logits) -> dict[str, float]:
-    """How far logits [n, vocab] are from those of a whole computation."""
+    """Compares logits [n, vocab] with those of a full computation."""
     right, log = _log_softmax(full), _log_softmax(got)
     error = np.abs(np.asarray(full, np.float64) - got)
     return {
@@ -151,7 +151,7 @@ def compare(full: Logits, got: Logits) -> dict[str, float]:
 
 
 def _texts(count: int) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """(before, document, after) of held-out texts: what is before is another text."""
+    """Yields (before, document, after) of held-out texts; `before` is from another text."""
     tokenizer = Tokenizer(BUNDLED, 2048)
     length = _DOCUMENT + _CONTINUATION
     encoded = [
@@ -164,7 +164,7 @@ def _texts(count: int) -> Iterator[tuple[Ids, Ids, Ids]]:
 
 
 def _rows(table: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """Of each row of a table the largest "max abs" over its texts, and means of the rest."""
+    """For each row of a table, the largest "max abs" over its texts, and means of the others."""
     rows = []
     for name, trials in table.items():
         row: dict[str, Any] = {"recomputed": name, "texts": len(trials)}
@@ -176,7 +176,7 @@ def _rows(table: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """A table for each source of the document, with a row for each share; and one of controls."""
+    """Measures a table for each source of the document, by share, and a table of controls."""
     reuser = Reuser(load_model(BUNDLED, dtype=jnp.float32))
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
 

@@ -1,4 +1,4 @@
-"""The plot: each peer's fraction of the read floor, shape by shape."""
+"""Plots each peer's fraction of the read floor, by shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from report import title
 
 __all__ = ["plot"]
 
-# Ours in one strong colour, peers in muted ones that stay apart in grey too.
+# One strong colour for this package, muted ones for peers, distinguishable in greyscale.
 _OURS = "#c2410c"
 _PEERS = ["#1f2937", "#2563eb", "#0d9488", "#7c3aed", "#94a3b8", "#cbd5e1"]
 _ORDER = ["vllm_cpu", "openvino_pa", "torch_sdpa", "ort_gqa", "jax_static", "jax_gather"]
@@ -21,10 +21,10 @@ def plot(
     """Draws grouped bars of decode attention, one panel for each dtype, into a PNG file.
 
     Args:
-        records: measurements; of a peer that was run in several variants the fastest is shown.
-        file: to write.
-        machine: description, printed in the corner.
-        floor: name of the reference that fractions are relative to.
+        records: measurements; if a peer has several variants, the fastest is shown.
+        file: the file to write.
+        machine: description of the machine, shown in the corner.
+        floor: name of the reference for fractions.
     """
     import matplotlib
 

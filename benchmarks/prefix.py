@@ -1,12 +1,12 @@
-"""What the prefix cache costs and saves: host calls, system calls, copied bytes, time to the first
+"""Costs and savings of the prefix cache: host calls, system calls, copied bytes, time to the first
 token, and blocks.
 
     python benchmarks/prefix.py [--quick] [--json]
 
-Host calls are medians of the calling thread's CPU time, of requests of 2112 tokens of which 2048
-are shared. "compiled" is the call into C++ (look-up, adoption, and mapping where blocks are
-mapped); "before the program" is all of `acquire_prefix` up to the queued program, "call" all of it.
-Times to the first token are wall times, taken in turns with and without the prefix cache.
+Host calls are medians of the calling thread's CPU time, for requests of 2112 tokens of which 2048
+are shared. "compiled" is the call into C++ (look-up, reuse of a slot, and mapping of blocks, if
+any); "before the program" is `acquire_prefix` up to the queued program, "call" all of it. Times to
+the first token are wall times, measured in turns with and without the prefix cache.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Rig:
     def acquire(
         self, ids: Ids | list[int], num_tokens: int | None = None, whole: bool = False
     ) -> tuple[int, int]:
-        """A slot of a request, and the tokens that it has already."""
+        """Acquires a slot for a request; returns it and the number of cached tokens."""
         self._begin = time.thread_time()
         got = self.pool.acquire_prefix(self.cache, ids, num_tokens, whole=whole)
         self.call = time.thread_time() - self._begin
@@ -105,11 +105,11 @@ class _Rig:
 
     def release(self, slots: int | Sequence[int]) -> None:
         self.cache = jax.block_until_ready(self.pool.release(self.cache, slots))
-        self.pool.can_acquire(1)  # released forks are unmapped here, and not in the next call
+        self.pool.can_acquire(1)  # unmaps released forks here instead of in the next call
 
 
 class _Timed:
-    """Notes the CPU time of the compiled call of `acquire_prefix`."""
+    """Records the CPU time of the compiled call of `acquire_prefix`."""
 
     def __init__(self, native: Any, rig: _Rig) -> None:
         self._native, self._rig = native, rig
@@ -125,8 +125,8 @@ class _Timed:
 
 
 def _host_calls(rounds: int) -> list[dict[str, Any]]:
-    """Requests by what the call does with them. "bare": without own tokens, so that no block is
-    mapped but the shared ones."""
+    """Requests by what the call does for them. "bare": without private tokens, so that only shared
+    blocks are mapped."""
     rows = []
     cases = ("repeated prompt", "second turn", "alias", "bare alias", "fork", "bare fork", "miss")
     for layout, case, as_list in itertools.product(_LAYOUTS, cases, (False, True)):
@@ -168,12 +168,12 @@ def _host_calls(rounds: int) -> list[dict[str, Any]]:
 
 
 def _moves() -> list[dict[str, Any]]:
-    """System calls and copied bytes of requests whose slot is parked still."""
+    """System calls and copied bytes of requests whose slot is still parked."""
     rows = []
     for layout, case in itertools.product(_LAYOUTS, ("repeated prompt", "turn", "turn that grows")):
         rig = _Rig(layout)
         first, own = _request(0), _ids(_OWN, 7)
-        # Growth is counted apart: "turn" finds room for its tokens in the slot.
+        # Growth is counted separately: in "turn", the slot has room for the new tokens.
         slot, _ = rig.acquire(first, 2300 if case == "turn" else None)
         rig.write(slot, first)
         blocks = rig.pool.block_map(slot)
@@ -181,7 +181,7 @@ def _moves() -> list[dict[str, Any]]:
         calls = rig.pool.stats().system_calls
         slot, cached = rig.acquire(first if case == "repeated prompt" else np.r_[first, own])
         calls = rig.pool.stats().system_calls - calls
-        # What is in the blocks that it was written to has not been copied.
+        # Tokens that are still in the blocks to which they were written were not copied.
         count = -(-cached // _BLOCK)
         kept = sum(
             old[:count] == new[:count]
@@ -214,7 +214,7 @@ class _Llama:
         self.cache, self._cached, self._programs = self.pool.cache(), cached, programs
 
     def first_token(self, ids: Ids) -> tuple[float, int]:
-        """Seconds from the request to its first token on the host; and that token."""
+        """Seconds from the request to its first token on the host, and that token."""
         begin = time.perf_counter()
         if self._cached:
             slot, known, self.cache = self.pool.acquire_prefix(self.cache, ids)
@@ -266,8 +266,8 @@ def _first_tokens(quick: bool) -> list[dict[str, Any]]:
 
 
 def _blocks() -> list[dict[str, Any]]:
-    """32 live requests with 2048 common tokens: blocks in use, and those of one prefix and 32
-    tails."""
+    """32 live requests with 2048 common tokens: blocks in use, compared with the blocks of one
+    prefix and 32 tails."""
     rows = []
     for layout in _LAYOUTS:
         rig = _Rig(layout)

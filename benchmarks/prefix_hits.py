@@ -1,17 +1,17 @@
-"""Hit ratios of the prefix index on a public trace, by eviction policy, size and store below it.
+"""Hit ratios of the prefix index on a public trace, by eviction policy, size and store size.
 
     python benchmarks/prefix_hits.py [--quick] [--json] [--data DIR] [--disk-blocks N[,N...]]
 
 Replays the conversation trace of Mooncake (FAST'25), mooncake_conversation.jsonl.gz in DIR. A
-request asks for its prompt once, when it arrives, and all of it is cached then, in blocks of 512
-tokens. The ratio is cached tokens over all prompt tokens, with exact lengths; the last token of a
-prompt never counts as cached. "clairvoyant" evicts the blocks whose next use is furthest away.
+request looks up its prompt once, when it arrives; then the entire prompt is cached, in blocks of
+512 tokens. The ratio is cached tokens over all prompt tokens, with exact lengths; the last token of
+a prompt never counts as cached. "clairvoyant" evicts the blocks whose next use is furthest away.
 
-The second table has a store of some blocks below a cache with the default policy. A whole block
-that is evicted is written first, behind what it continues, and the store removes what was written
-or read least recently, leaves first, a block at a time (a BlockStore: a file at a time). No read is
-refused for being slow. "memory": cached tokens that memory has; "store": those that only the store
-has, which `prefetch` brings before the request.
+The second table has a store with a limited number of blocks below a cache with the default policy.
+A full block is written to the store before it is evicted, after the blocks that it continues. The
+store removes the least recently written or read blocks, leaves first, one at a time (a BlockStore
+removes files). No read is refused for being slow. "memory" counts cached tokens in memory; "store"
+those only in the store, which `prefetch` reads before the request.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _POLICIES = ("lru", "segmented_lru", "frequency")
 @dataclasses.dataclass(frozen=True)
 class _Request:
     length: int  # tokens of the prompt
-    blocks: list[int]  # equal numbers: equal tokens, behind equal prefixes
+    blocks: list[int]  # equal numbers have equal tokens and equal prefixes
 
     def cached(self, blocks: int) -> int:
-        """Tokens that count as cached when the first blocks are."""
+        """The number of cached tokens if the first `blocks` blocks are cached."""
         return min(blocks * _BLOCK, self.length - 1)
 
 
@@ -76,33 +76,33 @@ def _replay(requests: list[_Request], policy: str, capacity: int) -> float:
 
 
 class _Store:
-    """Whole blocks below memory.
+    """A store of full blocks below memory.
 
     Attributes:
-        written: blocks so far.
+        written: number of blocks written so far.
     """
 
     def __init__(self, capacity: int, parents: dict[int, int | None]) -> None:
         self.written = 0
         self._capacity = capacity
         self._parents = parents
-        self._used: dict[int, int] = {}  # of each block that is here, when
+        self._used: dict[int, int] = {}  # time of last use of each stored block
         self._children: collections.Counter[int] = collections.Counter()
-        self._heap: list[tuple[int, int]] = []  # leaves, and what has been read or removed since
+        self._heap: list[tuple[int, int]] = []  # leaves, and outdated entries
         self._now = 0
 
     def find(self, blocks: list[int]) -> int:
-        """How many of the first blocks are here."""
+        """How many of the first blocks are stored."""
         return next((i for i, block in enumerate(blocks) if block not in self._used), len(blocks))
 
     def read(self, blocks: list[int]) -> None:
-        """These blocks, which are here, are used."""
+        """Marks stored blocks as used."""
         self._now += 1
         for block in blocks:
             self._use(block)
 
     def write(self, block: int) -> None:
-        """Takes a block, and those that it continues where they are missing."""
+        """Stores a block, and missing blocks that it continues."""
         path: list[int] = []
         at: int | None = block
         while at is not None and at not in self._used:
@@ -196,7 +196,7 @@ def _clairvoyant(requests: list[_Request], capacity: int) -> float:
 
 
 def measure(quick: bool, data: str, disk_blocks: str) -> dict[str, Any]:
-    """Tables of cached shares: by policy and size of the cache; by size of the store below."""
+    """Measures hit ratios by policy and size of the cache, and by size of the store."""
     requests = read_requests(data)
     sizes = [int(size) for size in disk_blocks.split(",")]
     rows = []

@@ -1,11 +1,11 @@
-"""The host's time for the prefix index: a prompt of 50,000 tokens looked up, touched and stored.
+"""Host time of the prefix index: look-up, touch and store of a prompt of 50,000 tokens.
 
     python benchmarks/prefix_index.py [--quick] [--json]
 
-The prompt is an int32 array that is cached as a whole, in one chain of blocks and in a deep tree,
-where every block has a sibling; a million other tokens are cached around it. "cold": 64 MiB of
-other memory are read before each call. "compare" is NumPy's comparison of two such arrays: what a
-look-up costs at least.
+The prompt is an int32 array that is fully cached, in one chain of blocks or in a deep tree, where
+every block has a sibling; a million other tokens are cached too. "cold": 64 MiB of other memory are
+read before each call. "compare" is NumPy's comparison of two such arrays, a lower bound of the cost
+of a look-up.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _microseconds(
 def _filled(
     block_tokens: int, blocks: np.ndarray, prompt: np.ndarray, deep: bool
 ) -> _native.PrefixIndex:
-    """An index that has the prompt, as slot 0's, among other sequences."""
+    """An index that has the prompt, in slot 0, among other sequences."""
     index = _native.PrefixIndex(block_tokens, len(blocks) // (_PROMPT // block_tokens + 1))
     random = np.random.default_rng(1)
     for number in range(_OTHERS):

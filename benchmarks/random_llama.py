@@ -16,9 +16,9 @@ VOCABULARY = 32000
 
 
 def write_checkpoint(folder: str) -> None:
-    """Writes it as a Hugging Face checkpoint in float32, with the bundled model's tokenizer.
+    """Writes the model as a Hugging Face checkpoint in float32, with the bundled model's tokenizer.
 
-    That has fewer tokens than the model: servers find no text for the others.
+    The tokenizer has fewer tokens than the model: servers have no text for the others.
     """
     import jax
     import jax.numpy as jnp

@@ -1,15 +1,15 @@
-"""What `KVPool.relocate` saves: memory mappings of a fragmented pool, and the cost of an alias.
+"""Savings of `KVPool.relocate`: memory mappings of a fragmented pool, and the cost of an alias.
 
     python benchmarks/relocation.py [--quick] [--json]
 
-Sequences of 2048 tokens grow in turns, so that no two of a sequence's blocks are neighbours, and
-park. One of them is then found again and forked: a fork of all its tokens maps them in another
-slot, and the decode step that reads this first takes the page faults. The same pool is measured
-as it grew, after `relocate`, and after `relocate(huge_pages=True)`. A fork is released before the
-next one, and a fork of no tokens then takes its slot and unmaps what it has left. Times are medians
-of CPU time, because other programs may run beside: of the calling thread for the calls, of the
-process for the steps, and the page faults are what the first step takes beyond the second. Ratios
-are to the pool as it grew.
+Sequences of 2048 tokens grow in turns, so that no two blocks of a sequence are adjacent, and are
+parked. One of them is then found again and forked: a fork of all its tokens maps them in another
+slot, and the first decode step that reads them takes the page faults. The same pool is measured in
+its original state, after `relocate`, and after `relocate(huge_pages=True)`. Each fork is released
+before the next one, and a fork of no tokens then takes its slot and unmaps its blocks. Times are
+medians of CPU time, because other programs may be running: of the calling thread for calls, of the
+process for steps. The cost of page faults is the difference between the first and the second step.
+Ratios are relative to the original state.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _grow(pool: kvp.KVPool) -> kvp.KVCache:
 
 
 def _aliases(pool: kvp.KVPool, cache: kvp.KVCache, rounds: int) -> tuple[Any, kvp.KVCache]:
-    """Seconds of a fork of no tokens, which unmaps the one before, of a fork of all tokens, and of
-    the first and second step that read what it maps.
+    """Seconds of a fork of no tokens, which unmaps the previous fork, of a fork of all tokens, and
+    of the first and second step that read its blocks.
     """
     slot, found, cache = pool.acquire_prefix(cache, [*_ids(0, _TOKENS), 7])
     assert found == _TOKENS

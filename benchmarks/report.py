@@ -1,4 +1,4 @@
-"""Tables of the results, and the comparison with the project's goals."""
+"""Prints tables of the results, and compares them with the project's goals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Goal", "goals", "print_goals", "print_records", "print_rows", "step_
 Record = dict[str, Any]
 Goal = tuple[str, str, str, bool | None]  # what, measured, wanted, met
 OURS = ("kvpage", "fused")
-# Shorter contexts take some 100 microseconds a call, most of it not reading.
+# Shorter contexts take about 100 microseconds per call, most of which is not reading.
 LARGE_BYTES = 25e6
 _DECODE_GOALS = {"float32": (0.80, 0.74, 1.3), "bfloat16": (0.75, 0.68, 2.0)}
 
@@ -28,7 +28,7 @@ def title(record: Record) -> str:
 
 
 def _place(record: Record) -> tuple[int, int]:
-    """Ours first, then the peers as listed."""
+    """Sort key: ours first, then the peers in the order of `NAMES`."""
     variants = ("fused", "per_layer", "scattered", "update", "single call", "exact", "int8", "fp8")
     variant = record["variant"]
     order = variants.index(variant) if variant in variants else 0
@@ -36,7 +36,7 @@ def _place(record: Record) -> tuple[int, int]:
 
 
 def print_records(console: Console, records: list[Record], section: str) -> None:
-    """One table for each dtype: a row for each contender, a column for each shape."""
+    """Prints a table for each dtype, with a row for each contender and a column for each shape."""
     for dtype in dict.fromkeys(r["dtype"] for r in records if r["section"] == section):
         chosen = [r for r in records if r["section"] == section and r["dtype"] == dtype]
         labels = list(dict.fromkeys(r["label"] for r in chosen))
@@ -73,7 +73,7 @@ def _cell(record: Record | None, section: str) -> str:
 
 
 def print_rows(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
-    """A table of plain dictionaries with the same keys."""
+    """Prints dictionaries with the same keys as a table."""
     if not rows:
         return
     table = Table(title=name, title_justify="left")
@@ -106,7 +106,7 @@ def _best_peer(speeds: dict[Any, float]) -> float:
 
 
 def _ratios(speeds: dict[str, dict[Any, float]], variant: str, base: str) -> list[float]:
-    """A variant of ours against another, shape by shape."""
+    """Ratios of one of our variants to another, by shape."""
     pairs = [(s.get((OURS[0], variant)), s.get((OURS[0], base))) for s in speeds.values()]
     return [a / b for a, b in pairs if a and b]
 
@@ -195,7 +195,7 @@ def step_goals(result: dict[str, Any]) -> list[Goal]:
 
 
 def print_goals(console: Console, rows: list[Goal]) -> None:
-    """The comparison as a table."""
+    """Prints the comparison as a table."""
     table = Table(title="goals", title_justify="left")
     for name in ("what", "measured", "wanted", ""):
         table.add_column(name)

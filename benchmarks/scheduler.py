@@ -1,12 +1,11 @@
-"""What the scheduler costs a step: steady decoding, admissions, and blocks that run short.
+"""Cost of the scheduler per step: steady decoding, admissions, and shortage of blocks.
 
     python benchmarks/scheduler.py [--quick] [--json]
 
-Processor time of `Scheduler.schedule`, without a model and without a pool: plans are carried out on
-a counted budget, outside of what is timed. "steady" steps decode all sequences, of which one in 16
-grows by a block. In "turnover" steps others are admitted for those that end, about one in 200 a
-step, by expected growth or by a watermark. In "short" steps sequences wait for blocks, or are
-preempted.
+CPU time of `Scheduler.schedule`, without a model or a pool: plans are carried out on a counted
+budget, which is not timed. "steady" steps decode all sequences, one in 16 of which grows by a
+block. In "turnover" steps, about one in 200 sequences ends per step and others are admitted, by
+expected growth or by a watermark. In "short" steps, sequences wait for blocks or are preempted.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def _steps(
     requests: int,
     admission: AdmissionPolicy | None = None,
 ) -> Iterator[tuple[float, StepPlan]]:
-    """Seconds and plan of each step in which most rows are taken."""
+    """Yields seconds and plan of each step in which most rows are in use."""
     memory = BlockBudget(blocks, _BLOCK, _MAX_SEQ_LEN, running)
     scheduler = Scheduler(
         memory,
@@ -87,7 +86,7 @@ def _short(running: int, steps: int) -> list[float]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """One table; times are medians and 99th percentiles."""
+    """Measures one table; times are medians and 99th percentiles."""
     steps = 100 if quick else 1000
     rows = []
     kinds = {

@@ -1,11 +1,12 @@
-"""What scheduling policies cost: simulated servers, without a model.
+"""Cost of scheduling policies: simulated servers, without a model.
 
     python benchmarks/scheduling.py [--quick] [--json] [--data FOLDER]
 
-Memory and sequences at one time against static reservation, with the lengths of the PagedAttention
-paper; tokens computed again by the choice of victims and by admission, on the Azure trace under
-pressure; and a large server. FOLDER has the traces azure2023_conv.csv.gz and
-mooncake_conversation.jsonl.gz (../shared/data by default); without them their tables are left out.
+Memory and concurrent sequences compared with static reservation, with the lengths of the
+PagedAttention paper; tokens recomputed by the choice of victims and by admission policy, on the
+Azure trace with too little memory; and a large server. FOLDER has the traces azure2023_conv.csv.gz
+and mooncake_conversation.jsonl.gz (../shared/data by default); without them, their tables are left
+out.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jax_kvpage.serving import (
 
 __all__ = ["measure"]
 
-# KV memory and longest sequence of OPT-13B on a card of 40 GB, as in the paper.
+# KV memory and longest sequence of OPT-13B on a GPU with 40 GB, as in the paper.
 _PAPER = {"capacity_tokens": 15728, "max_seq_len": 2048, "max_num_batched_tokens": 2048}
 
 
@@ -57,7 +58,7 @@ def _row(result: SimulationResult, **labels: Any) -> dict[str, Any]:
 
 
 def _reservations(count: int, azure: Workload | None) -> list[dict[str, Any]]:
-    """The same memory, reserved by blocks and statically; all requests arrive at once."""
+    """The same memory, reserved in blocks or statically; all requests arrive at the start."""
     workloads = [synthetic(name, count, rate=math.inf) for name in ("sharegpt", "alpaca")]
     workloads += [synthetic("alpaca", count // 4, rate=math.inf, n=4)]
     if azure is not None:
@@ -66,7 +67,7 @@ def _reservations(count: int, azure: Workload | None) -> list[dict[str, Any]]:
     for workload in workloads:
         for reservation in ("blocks", "oracle", "power_of_two", "maximum"):
             if workload.n > 1 and reservation != "blocks":
-                continue  # static reservation shares nothing
+                continue  # static reservation does not share
             result = simulate(
                 workload,
                 max_num_seqs=512,
@@ -89,7 +90,7 @@ def _policies(count: int, azure: Workload) -> list[dict[str, Any]]:
     admissions = {"watermark 1%": Watermark, "expected growth": ExpectedGrowth}
     workload = azure.within(8192).first(count).faster(math.inf)
     rows = []
-    # Without a store, and with one of about 1 and 10 GB/s: a token of an 8B model takes 131 KB.
+    # Without a store, and with stores of about 1 and 10 GB/s: a token of an 8B model has 131 KB.
     cases = [(victim, None) for victim in victims] + [("cost", 8e3), ("cost", 8e4)]
     for capacity, admission, (victim, store) in itertools.product(
         (32768, 131072), admissions, cases
@@ -112,7 +113,7 @@ def _policies(count: int, azure: Workload) -> list[dict[str, Any]]:
 
 
 def _large(count: int, workloads: list[Workload]) -> list[dict[str, Any]]:
-    """Thousands of slots. The last column is what scheduling and simulating took here."""
+    """Thousands of slots. The last column is the time for scheduling and simulation."""
     rows = []
     for workload in workloads:
         begin = time.process_time()
@@ -134,7 +135,7 @@ def _large(count: int, workloads: list[Workload]) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool, data: str) -> dict[str, Any]:
-    """All tables.
+    """Measures all tables.
 
     Args:
         quick: fewer requests.

@@ -1,4 +1,4 @@
-"""The command line of a benchmark that measures tables: `--quick`, and `--json` for run.py."""
+"""The command line of benchmarks that measure tables: `--quick`, and `--json` for run.py."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run(doc: str, measure: Callable[..., dict[str, Any]], **options: str) -> Non
 
     Args:
         doc: the benchmark's docstring; its first line is the help text.
-        measure: takes whether to be quick. Cells that are None are left out of the printed rows.
-        **options: further options by name, with their defaults; `measure` takes their values as
-            keywords.
+        measure: called with whether to be quick. Cells that are None are not printed.
+        **options: additional options by name, with their defaults; `measure` gets their values as
+            keyword arguments.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true")

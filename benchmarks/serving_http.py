@@ -1,14 +1,14 @@
-"""What HTTP costs: requests through examples/serve_openai.py beside the same on the engine.
+"""Cost of HTTP: requests through examples/serve_openai.py compared with the same on the engine.
 
     pip install '.[serve]' httpx
     python benchmarks/serving_http.py [--checkpoint DIR] [--concurrency N]
     python benchmarks/serving_http.py --random-llama --vllm-python venvs/vllm/bin/python
 
 The engine runs in this process behind `AsyncEngine`, the server in another, and vLLM's server in a
-third; their rounds alternate, and the idle ones wait without work. All requests are streamed, with
-prompts of random ids that no cache has. Prints one JSON object: medians over the rounds of
-generated tokens per second and of the time to the first token, as the client sees it, what HTTP
-adds, and how much of vLLM's throughput the server has.
+third; their rounds alternate while the others are idle. All requests are streamed, with prompts of
+random ids that are not cached. Prints one JSON object: medians over the rounds of generated tokens
+per second and of the client's time to the first token, the overhead of HTTP, and the throughput
+relative to vLLM's.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _own_server(args: argparse.Namespace) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _vllm_server(args: argparse.Namespace) -> Iterator[str]:
-    """vLLM's on all cores; by default it leaves one of them idle."""
+    """Runs vLLM's server on all cores; by default it leaves one idle."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2"}
     with socket.socket() as free:
@@ -182,7 +182,7 @@ async def _compare(args: argparse.Namespace, urls: dict[str, str]) -> dict[str, 
 async def _round(
     request: _Request, prompts: list[list[int]], concurrency: int
 ) -> tuple[float, float]:
-    """Generated tokens per second, and the median time to the first token."""
+    """Runs a round; returns generated tokens/s and the median time to the first token."""
     left = iter(prompts)
     done: list[tuple[float, int]] = []
 

@@ -1,7 +1,7 @@
-"""The measured cases: batches of sequences, their sizes, and the bytes and operations counted.
+"""The measured cases: batches of sequences, their sizes, and their bytes and operations.
 
-Llama-3-8B's attention: 32 query heads over 8 key/value heads of 128. A case is a plain value that
-is sent to the peers' processes as JSON; its data is made there, the same for every peer.
+Llama-3-8B's attention: 32 query heads over 8 key/value heads of size 128. A case is sent to the
+peers' processes as JSON; each generates the same data for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 __all__ = ["Case", "check_cases", "decode_cases", "mixed_cases", "prefill_cases"]
 
-# A cycle over all copies of a case touches at least this much, so that no copy is still in the last
-# level cache (32 MiB on the machines this is made for) when its turn comes again.
+# A cycle over all copies of a case accesses at least this much, so that no copy is still in the
+# last level cache (32 MiB on the target machines) in the next cycle.
 CYCLE_BYTES = 128 * 2**20
 MAX_COPIES = 64
 # A compiled program runs up to this many copies one after the other, as a step runs its layers.
@@ -23,15 +23,15 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch: sequence s has `contexts[s]` tokens in all, of which `new[s]` are the queries.
+    """A batch: sequence s has `contexts[s]` tokens, the last `new[s]` of which are queries.
 
     Attributes:
         section: "decode", "prefill" or "mixed".
         label: name of the shape.
-        contexts: tokens of each sequence, its new ones included.
+        contexts: tokens of each sequence, including the new ones.
         new: new tokens of each sequence, its last ones.
-        dtype: "float32" or "bfloat16", of queries and of the cache.
-        copies: how many caches of this shape a cycle visits.
+        dtype: "float32" or "bfloat16", for queries and the cache.
+        copies: number of caches of this shape in a cycle.
         q_heads, kv_heads, dim: shape of the attention.
     """
 
@@ -57,14 +57,14 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the valid keys and values of one copy, which decoding has to read."""
+        """Bytes of the valid keys and values of one copy, which decode must read."""
         return 2 * sum(self.contexts) * self.kv_heads * self.dim * ITEM_BYTES[self.dtype]
 
     @property
     def flops(self) -> int:
-        """Operations of the two products of one copy, masked pairs not counted.
+        """Operations of the two products of one copy, without masked pairs.
 
-        A whole prompt of S tokens counts as half of 4 S^2 D H, as is usual.
+        A full prompt of S tokens counts as half of 4 S^2 D H, as is usual.
         """
         pairs = 0.0
         for context, new in zip(self.contexts, self.new, strict=True):
@@ -105,7 +105,7 @@ def ragged(batch: int, length: int) -> tuple[int, ...]:
 
 
 def decode_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
-    """One new token a sequence, batch {1, 8, 32} x length {512, 2048, 8192}."""
+    """One new token per sequence, batch {1, 8, 32} x length {512, 2048, 8192}."""
     grid = [(b, n) for n in (512, 2048, 8192) for b in (1, 8, 32)]
     if quick:
         grid = [(1, 512), (8, 2048)]
@@ -117,13 +117,13 @@ def decode_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
 
 
 def prefill_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
-    """A whole prompt of 2048 tokens."""
+    """A full prompt of 2048 tokens."""
     size = 512 if quick else 2048
     return [Case("prefill", f"S{size}", (size,), (size,), dtype) for dtype in dtypes]
 
 
 def mixed_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
-    """A server's batches: decodes together with a chunk of a prompt, and chunks alone."""
+    """Batches of a server: decodes together with a chunk of a prompt, and chunks alone."""
     lots = 7 if quick else 31
     decodes = ragged(lots, 2048)
     return [

@@ -1,14 +1,14 @@
-"""Decode attention of sequences that share a prefix: all in one call, which walks the prefix once
-for all of them, against a call for each sequence, and against what the machine allows.
+"""Decode attention of sequences that share a prefix: one call, which reads the prefix once for all
+of them, compared with a call for each sequence, and with the limits of the machine.
 
     python benchmarks/shared_prefix.py [--quick] [--json]
 
-"one by one" reads the same blocks, so it is what attention took before prefixes were walked
-together, dispatch of further calls included; the last level cache may hold what they share.
-"copies" has the same tokens without sharing. The bound is the slower of reading every block once
-(floor.py) and decode's arithmetic on keys and values that lie in the second-level cache. All of
-them take turns; times are medians, ratios are medians over the turns. "cpu" is the ratio of the
-process's CPU time, which other programs on the machine disturb less.
+"one by one" reads the same blocks as attention without grouping would, and includes the dispatch of
+the additional calls; shared blocks may stay in the last level cache. "copies" has the same tokens
+without sharing. The bound is the slower of reading every block once (floor.py) and decode's
+arithmetic on keys and values in the second-level cache. All of them take turns; times are medians,
+ratios are medians over the turns. "cpu" is the ratio of the process's CPU times, which are less
+affected by other programs on the machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SPAN = 512  # tokens of the small context that stays in the second-level cache
 def _append(cache: kvp.KVCache, batch: kvp.Batch, tokens: int) -> kvp.KVCache:
     spec = cache.spec
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
-    # The same for all sequences: copies must compute what forks do.
+    # The same for all sequences, because copies must compute the same as forks.
     dtype = jnp.float32 if spec.quantized else spec.dtype
     k = jax.random.normal(jax.random.key(0), shape, dtype)
     for layer in range(spec.num_layers):
@@ -49,7 +49,7 @@ def _append(cache: kvp.KVCache, batch: kvp.Batch, tokens: int) -> kvp.KVCache:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attend(cache: kvp.KVCache, q: jax.Array, batch: kvp.Batch, alone: bool) -> jax.Array:
-    """All layers, each on the output of the one before; `alone`: a call for each sequence."""
+    """Runs all layers, each on the previous one's output; `alone`: a call for each sequence."""
     for layer in range(cache.spec.num_layers):
         if not alone:
             q = kvp.paged_attention(q, cache, batch, layer=layer)
@@ -118,7 +118,7 @@ class _Case:
             slots = [slot, *slots]
         for slot in slots:
             cache = _fill(self.pool, cache, slot, shape.own)
-        # One token more is the one that attends; its keys and values are appended, not advanced.
+        # One more token does the attention; its keys and values are appended but not advanced over.
         for slot in slots:
             self.pool.extend(slot, shape.shared + shape.own + 1)
         self._batch = kvp.Batch.from_lengths(slots, [1] * len(slots))
@@ -167,7 +167,7 @@ def _row(shape: _Shape, rounds: int, reader: floor.Floor, copies: bool) -> dict[
     case = _Case(shape)
     if not np.array_equal(case.out(), case.out(alone=True)):
         raise AssertionError(f"{shape}: attention of all sequences differs from that of each")
-    # One KV head whose context fits the second-level cache, and enough sequences for all threads.
+    # One KV head whose context fits in the second-level cache, and sequences for all threads.
     held = dataclasses.replace(shape, sequences=32, shared=_SPAN - 16, own=15, kv_heads=1)
     cases = {"held": _Case(held)}
     calls = {
@@ -216,7 +216,7 @@ def _row(shape: _Shape, rounds: int, reader: floor.Floor, copies: bool) -> dict[
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The shape of the goal, then those where nothing is to be gained."""
+    """Measures the shape of the goal, then shapes for which no gain is expected."""
     rounds = 5 if quick else 25
     reader = floor.Floor()
     layouts = ("fused", "per_layer")

@@ -1,14 +1,14 @@
-"""What forks cost: a mapped block against the bare mmap calls, a copied one against memcpy, and
-the host calls; and the memory that 32 forks save.
+"""Cost of forks: a mapped block compared with bare mmap calls, a copied one with memcpy, and host
+calls; and the memory that 32 forks save.
 
     python benchmarks/sharing.py [--quick] [--json]
 
-All ratios are of one run, where both sides take turns. Host calls and mappings are medians of the
-calling thread's CPU time; a fork's mapping is its time without that of a fork of no tokens. The
-page table entries of what it maps are made by page faults in the program that first reads it: the
-second table compares these with populating by the bare calls. A copy runs on another thread: it is
-the shortest time until a fork of a partial block has run, without that of one which ends with a
-block.
+All ratios are from a single run in which both sides take turns. Host calls and mappings are medians
+of the calling thread's CPU time; the time of a mapping is that of a fork less that of a fork of no
+tokens. The page table entries are created by page faults in the program that first reads the
+mapping; the second table compares these with bare calls that populate. A copy runs on another
+thread: its time is the shortest time until a fork of a partial block has run, less that of a fork
+that ends at a block boundary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SOURCE = pathlib.Path(__file__).with_name("sharing.cc")
 
 
 def _bare_calls(folder: str) -> ctypes.CDLL:
-    """The functions of sharing.cc, compiled for this machine."""
+    """Compiles sharing.cc for this machine and loads it."""
     library = os.path.join(folder, "sharing.so")
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(_SOURCE), "-o", library]
@@ -83,7 +83,7 @@ class _Runs:
     def __init__(self, calls: ctypes.CDLL, pool: kvp.KVPool, slot: int, count: int) -> None:
         size, runs = pool.spec.block_bytes, []
         for index, blocks in enumerate(pool.block_map(slot)):
-            at = index * (count + 1)  # in a pool holes follow the blocks of a range
+            at = index * (count + 1)  # in a pool, a hole follows the blocks of each range
             numbers = [number for number, _ in blocks[:count]]
             for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
                 members = [number for _, number in run]
@@ -103,7 +103,7 @@ class _Runs:
             raise OSError("no memory for the bare blocks")
 
     def map(self, populate: bool) -> float:
-        """Seconds of the bare mmap calls."""
+        """Makes the bare mmap calls; returns seconds."""
         reserved = ctypes.c_int64(int((self._columns[1] + self._columns[2]).max()) + self._size)
         return self._calls.map_runs(
             self._fd,
@@ -122,8 +122,8 @@ class _Runs:
 def _fork(
     pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int
 ) -> tuple[float, float, kvp.KVCache]:
-    """One fork, released again: CPU seconds of the call, and seconds until its program has run."""
-    # A fork unmaps what the one before has left in its slot: not the fork that is measured.
+    """Forks and releases: CPU seconds of the call, and seconds until its program has run."""
+    # A fork unmaps the blocks of the previous one in its slot, so do that before measuring.
     slots, cache = pool.fork(cache, slot, 1, 0)
     cache = jax.block_until_ready(pool.release(cache, slots))
     begin, cpu = time.perf_counter(), time.thread_time()
@@ -135,7 +135,7 @@ def _fork(
 
 
 def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
-    """Mapping of blocks that are shared, by layout, layers and blocks."""
+    """Mapping of shared blocks, by layout, layers and number of blocks."""
     rows = []
     for layout, layers in (("fused", 4), ("fused", 32), ("per_layer", 4), ("per_layer", 32)):
         for count in (1, 8, 64):
@@ -175,7 +175,7 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
 def attention_step(
     cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch
 ) -> tuple[kvp.KVCache, jax.Array]:
-    """The attention of a decode step; each layer waits for the one before."""
+    """The attention of a decode step; each layer depends on the previous one."""
     for layer in range(cache.spec.num_layers):
         out, cache = kvp.update_and_attend(q, k, k, cache, batch, layer=layer)
         q = q + 0.001 * out
@@ -183,7 +183,7 @@ def attention_step(
 
 
 def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
-    """Wall time of a fork, of the step that first reads what it maps, and of the next one."""
+    """Wall time of a fork, of the first step that reads its blocks, and of the next step."""
     rows = []
     for layout, blocks, forks in itertools.product(("fused", "per_layer"), (8, 64), (1, 4)):
         spec = _spec(32, layout, 2 * _BEAMS, 2048)
@@ -227,7 +227,7 @@ def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
 
 
 def _copies(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
-    """The copy of a partial block (all of its tokens but one)."""
+    """The copy of a partial block (all tokens but one)."""
     rows = []
     for layout, layers in (("fused", 4), ("fused", 32), ("per_layer", 4), ("per_layer", 32)):
         spec = _spec(layers, layout, 4, 2048)
@@ -265,7 +265,7 @@ def _copies(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
 
 
 def _calls(rounds: int) -> list[dict[str, Any]]:
-    """CPU time of fork and reorder of 4 beams with 1025 tokens, of which two change parents."""
+    """CPU time of fork and reorder of 4 beams with 1025 tokens, two of which change parents."""
     rows = []
     for layout in ("fused", "per_layer"):
         spec = _spec(32, layout, 3 * _BEAMS, 2048)
@@ -296,7 +296,7 @@ def _calls(rounds: int) -> list[dict[str, Any]]:
 
 
 def _memory() -> list[dict[str, Any]]:
-    """32 forks of 2048 tokens, and of 2055: blocks in use over blocks that slots refer to."""
+    """32 forks of 2048 and of 2055 tokens: blocks in use over blocks that slots refer to."""
     rows = []
     for layout, tokens in itertools.product(("fused", "per_layer"), (2048, 2055)):
         spec = _spec(4, layout, 33, 4096)

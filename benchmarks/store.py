@@ -1,14 +1,15 @@
-"""Saving and loading prefixes, against plain writes and reads of the same bytes.
+"""Saving and loading prefixes, compared with plain writes and reads of the same bytes.
 
     python benchmarks/store.py [--quick] [--json] [--folder /tmp]
 
-A pool of bfloat16 blocks of 1 MiB is saved to files and loaded into another pool, from the page
-cache and from the disk (the files are dropped from the page cache first). The floor is a loop of
-one thread that writes as many files with the same bytes (`pwrite` in pieces of 2 MiB, `fsync`),
-and reads them (`preadv` into memory that has been touched), with the store's checksum of each
-piece. The store's times have everything in them: the copy out of the pool, checksums, claims of
-blocks and the index. Speeds are medians; "of the floor" is the median of the rounds' ratios, in
-each of which one follows the other, so that a disk that is slow for a while is slow for both.
+A pool with bfloat16 blocks of 1 MiB is saved to files and loaded into another pool, from the page
+cache and from the disk (the files are dropped from the page cache first). The floor is a
+single-threaded loop that writes the same number of files with the same bytes (`pwrite` in pieces of
+2 MiB, `fsync`), or reads them (`preadv` into memory that was touched before), with the store's
+checksum of each piece. The store's times include the copy out of the pool, checksums, claims of
+blocks and the index. Speeds are medians; "of the floor" is the median over the rounds of the ratio
+in each round, where both run in succession, so that a period in which the disk is slow affects
+both.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
-    """Writes the bytes to files of one size, and takes the checksum of each piece."""
+    """Writes the bytes to files of equal size, and computes the checksum of each piece."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -83,7 +84,7 @@ def write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
 
 
 def read_plain(folder: pathlib.Path, data: np.ndarray) -> None:
-    """Reads what `write_plain` has written into the same memory, and takes the checksums."""
+    """Reads the files of `write_plain` into the same memory, and computes the checksums."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.bin", os.O_RDONLY)

@@ -1,13 +1,13 @@
-"""Requests whose prompts a store has, against the same requests computed: the time to a token.
+"""Time to the first token: stored prefixes that are read compared with computing them.
 
     python benchmarks/store_hits.py [--quick] [--json] [--folder /tmp]
 
-An engine serves one request after the other, of prompts with a stored prefix of some length. In
-turn, a request finds the prefix in the store, and one of a namespace that has nothing computes it.
-The engine decides by what it has measured whether it reads or computes (taken or refused); of the
-requests that were taken, the time until the first token is there is divided by that of the computed
-one beside it. A ratio of 1 or less at p95 says that reading was not slower. The store's
-files are in the page cache ("warm"), or were dropped from it before each request ("cold").
+An engine serves one request after the other, with a stored prefix of some length. A request that
+finds the prefix in the store alternates with one in an empty namespace, which computes it. Based on
+its measurements, the engine decides whether to read or to compute (taken or refused); for requests
+that were taken, the time to the first token is divided by that of the computed request in the same
+pair. A ratio of at most 1 at p95 means that reading was not slower. The store's files are in the
+page cache ("warm"), or were dropped from it before each request ("cold").
 
 Models: the one of this repository, and one of 56M parameters with random weights.
 """
@@ -40,12 +40,12 @@ __all__ = ["measure"]
 
 _ONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 _BUCKETS = ((4, 4), (32, 4), (128, 4), (512, 4), (2048, 4))
-# A row of long prefixes ends after this many seconds, with at least so many requests.
+# A row with long prefixes ends after this many seconds, but with at least this many requests.
 _ROW_SECONDS, _FEWEST = 60, 6
 
 
 def _drop(folder: pathlib.Path) -> None:
-    """Takes the files, which have been synced, out of the page cache."""
+    """Drops the files, which must have been synced, from the page cache."""
     for path in folder.iterdir():
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -106,7 +106,7 @@ def _rows(name: str, checkpoint: str, root: pathlib.Path, lengths: list[int], ro
                     computed = _first_token(engine, prompt, f"{state} {number}")
                     if computed.cached:
                         raise AssertionError("the namespace was to have nothing")
-                    if number:  # the first one touches the memory
+                    if number:  # the first pair touches the memory
                         pairs.append((stored, computed))
                 taken = [(s.seconds, c.seconds) for s, c in pairs if s.cached]
                 row: dict[str, Any] = {"model": name, "tokens": length, "page cache": state}

@@ -1,16 +1,16 @@
-"""A store below a pool: how fast blocks are written ahead and read back, and what they add in hits.
+"""A store below a pool: bandwidth of writing ahead and reading back, and the gain in hits.
 
     python benchmarks/store_spill.py [--quick] [--json] [--folder /tmp] [--data DIR]
 
-Bandwidth: sequences of bfloat16 blocks of 1 MiB are released in a pool that writes everything
-ahead, evicted, and prefetched, beside a loop of one thread that writes and reads files with the
-same bytes (`pwrite` in pieces of 2 MiB and `fsync`; `preadv`) and the store's checksum of each
-piece. The pool's times have everything in them: copies, checksums, claims of blocks and the index.
-Ratios are of medians of runs in turn, in the page cache.
+Bandwidth: sequences with bfloat16 blocks of 1 MiB are released in a pool that writes everything
+ahead, evicted, and prefetched, compared with a single-threaded loop that writes and reads files
+with the same bytes (`pwrite` in pieces of 2 MiB and `fsync`; `preadv`) and computes the store's
+checksum of each piece. The pool's times include copies, checksums, claims of blocks and the index.
+Ratios are of medians of interleaved runs, in the page cache.
 
 Hits: the first requests of the conversation trace of Mooncake (FAST'25) run one after the other in
-a pool of small tokens, with a store and without. The ratio is cached tokens over prompt tokens.
-Each request prefetches its prompt first; "unlimited" has memory for all of them.
+a pool with small keys and values, with and without a store. The ratio is cached tokens over prompt
+tokens. Each request prefetches its prompt first; "unlimited" has memory for everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import jax_kvpage as kvp
 __all__ = ["measure"]
 
 _LAYERS, _HEADS, _DIM, _STEP = 4, 8, 128, 2048
-_BLOCK = 512  # tokens, of the trace
+_BLOCK = 512  # tokens in a block of the trace
 _TRACE_STEP = 4096
 
 
@@ -97,7 +97,7 @@ def _bandwidth(root: pathlib.Path, layout: str, size: int, rounds: int) -> dict[
         requests = _Requests(pool, _STEP)
         for number in range(rounds + 1):
             if number == 1:
-                times.clear()  # the first round has touched the memory
+                times.clear()  # the first round only touches the memory
             folder = root / layout / f"plain{number}"
             folder.mkdir()
             note("write floor", lambda folder=folder: plain.write_plain(folder, data))
@@ -106,7 +106,7 @@ def _bandwidth(root: pathlib.Path, layout: str, size: int, rounds: int) -> dict[
             ids = np.random.default_rng(number).integers(0, 32000, tokens, np.int32)
             requests.run(ids)
             whole = (number + 1) * tokens
-            # It began when the sequence was released, a moment ago.
+            # The write began just before, when the sequence was released.
             note("write", lambda n=whole: _until(lambda: pool.spill_stats().tokens_written == n))
             pool.evict()
             note("read", lambda ids=ids: pool.prefetch(ids).wait())

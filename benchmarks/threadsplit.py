@@ -1,4 +1,4 @@
-"""Processor time of a thread by part: which of its calls it spends it in."""
+"""Divides the CPU time of a thread among its calls."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["ThreadSplit"]
 
 
 class ThreadSplit:
-    """Divides the time of one thread's processor clock among parts.
+    """Divides the CPU time of one thread among parts.
 
-    The time of a call belongs to its part, less that of timed calls inside. Reading the clock costs
-    about a microsecond a call, most of which is counted too.
+    The time of a call counts for its part, without that of timed calls inside it. Reading the clock
+    takes about a microsecond per call, most of which is counted too.
 
     Args:
-        rest: name of the part outside of timed calls.
+        rest: name of the part outside timed calls.
     """
 
     def __init__(self, rest: str) -> None:
@@ -28,7 +28,7 @@ class ThreadSplit:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time counts in here only."""
+        """Counts time only inside the `with` block."""
         self._since = time.thread_time_ns()
         try:
             yield
@@ -36,7 +36,7 @@ class ThreadSplit:
             self._enter(self._part)
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose time belongs to a part."""
+        """Wraps a function so that its time counts for a part."""
 
         def run(*args: Any, **options: Any) -> Any:
             outer = self._enter(part)

@@ -1,7 +1,8 @@
 """Time split of a compiled step: XLA's matrix products, our kernels, everything else.
 
-From a trace of `jax.profiler`: XLA's CPU runtime records when each instruction of a program runs.
-An instruction is a matrix product when its text, or that of the computation it calls, has a `dot`.
+Uses a trace of `jax.profiler`, in which XLA's CPU runtime records when each instruction runs. An
+instruction counts as a matrix product if its text, or that of the computation it calls, has a
+`dot`.
 """
 
 from __future__ import annotations
@@ -49,18 +50,17 @@ def _length(intervals: list[Interval]) -> float:
 
 
 def split(run: Callable[[], Any], steps: int, hlo: str, ours: str = "kvpage") -> dict[str, Any]:
-    """Runs `run` (which does `steps` steps, and waits for them) under the profiler.
+    """Runs `run` (which runs `steps` steps and waits for them) under the profiler.
 
     Args:
         run: the function to trace.
-        steps: how many steps it does.
+        steps: number of steps.
         hlo: the compiled program's HLO text.
         ours: prefix of the names of our instructions.
 
     Returns:
-        Milliseconds a step: total, products, kernels, rest (the total less the others: what
-        neither ran), and `rest_share`, idle (no instruction ran), plus what the largest of the
-        rest are.
+        Milliseconds per step: total, products, kernels, rest (the total less these two) and
+        `rest_share`, idle (no instruction ran), and the largest parts of the rest.
     """
     dots = products(hlo)
     kinds: dict[str, list[Interval]] = {"products": [], "kernels": [], "other": []}

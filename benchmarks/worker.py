@@ -1,8 +1,8 @@
-"""A peer's process: reads requests from stdin and writes answers to stdout, one JSON object a line.
+"""Runs a peer: reads requests from stdin and writes answers to stdout, one JSON object per line.
 
 {"op": "hello"}                             -> versions, variants
 {"op": "check", "case", "variant"}          -> largest error against float64
-{"op": "turn", "case", "variant", "seconds"} -> seconds a call, and the floor before and after
+{"op": "turn", "case", "variant", "seconds"} -> seconds per call, and the floor before and after
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FEWEST_CYCLES = 3
 
 
 def _times(ready: Ready, seconds: float) -> list[float]:
-    """Seconds a call, of one cycle each, until `seconds` are over; the first cycle warms up."""
+    """Times cycles for `seconds`, after a warm-up cycle; returns the seconds per call of each."""
     begin = time.perf_counter()
     ready.cycle()
     # A very slow peer gets one more cycle, not two.
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", help="module below peers/")
     name = parser.parse_args().peer
-    # Libraries may print to stdout: answers go to a duplicate of it.
+    # Libraries may print to stdout, so answers go to a duplicate of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer: Peer | None = None

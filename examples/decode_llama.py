@@ -1,4 +1,4 @@
-"""Generates text with a Llama whose KV cache is mapped block by block while it grows.
+"""Generates text with a Llama model whose KV cache is mapped block by block as it grows.
 
     python examples/decode_llama.py                     # the small model of this repository
     python examples/decode_llama.py --prompt "The module" --temperature 0.8 --seed 3
@@ -13,12 +13,12 @@
     python examples/decode_llama.py --checkpoint DIR --chat
     python examples/decode_llama.py --checkpoint DIR --prompt "Once upon a time" --scan 16
 
-DIR is a directory with a Hugging Face model of Llama's shape: config.json, safetensors,
-tokenizer.json. `hf download ORG/NAME --local-dir DIR` (pip install huggingface_hub) makes one from
-a model of the Hub. Supported are Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and SmolLM3, with
-weights in float32, bfloat16 or float16, and RoPE default, linear, dynamic, yarn or llama3.
-Everything else is refused before the weights are read: other architectures, quantized weights,
-longrope and partial RoPE, and additional weights, such as a bias of the output layer.
+DIR is a directory with a Hugging Face model of a Llama-like architecture: config.json, safetensors,
+tokenizer.json. `hf download ORG/NAME --local-dir DIR` (pip install huggingface_hub) downloads one
+from the Hub. Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and SmolLM3 are supported, with weights
+in float32, bfloat16 or float16, and RoPE default, linear, dynamic, yarn or llama3. Everything else
+is refused before the weights are read: other architectures, quantized weights, longrope and partial
+RoPE, and additional weights such as a bias of the output layer.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status.
+    """Runs the command and returns its exit status.
 
-    0 is success, 1 a failure of the system (such as a full disk), 2 a mistake in the input, 130 an
-    interrupt, and 141 a pipe that its reader has closed (the last two as shells report signals).
-    Each but 0 comes with one line on standard error.
+    0 means success, 1 a failure of the system (such as a full disk), 2 a mistake in the input, 130
+    an interrupt, and 141 a pipe closed by its reader (the last two as shells report signals). All
+    except 0 come with one line on standard error.
     """
     with _imports():
         from llama.arguments import InputError, parse_arguments
     try:
         if sys.stdout is not None and sys.stdout.errors == "strict":
-            # Text that the terminal's encoding does not have is shown as escapes.
+            # Show characters that the terminal's encoding lacks as escapes.
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse_arguments(argv, __doc__)
         if args.mesh.devices > 1 and "jax" not in sys.modules:
-            # Where JAX finds no other devices it makes as many of the CPU.
+            # If JAX finds no other devices, it splits the CPU into this many.
             own = args.mesh.devices // args.num_processes
             flag = f"--xla_force_host_platform_device_count={own}"
             os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".rstrip()
-        # After the options have been read, since JAX takes a second or two to import.
+        # Only after the options were parsed, because JAX takes a second or two to import.
         with _imports():
             from llama.processes import join
             from llama.run import run
@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _imports() -> Iterator[None]:
-    """Leaves at once on an interrupt: extension modules make other errors, or tracebacks, of a
-    KeyboardInterrupt while they are imported, and there is nothing to clean up yet."""
+    """Exits immediately on an interrupt: extension modules turn a KeyboardInterrupt during their
+    import into other errors or tracebacks, and there is nothing to clean up yet."""
 
     def leave(*_: object) -> None:
         os.write(2, b"decode_llama.py: interrupted\n")
         os._exit(130)
 
-    # Else it is ignored, as for a job in the background, or the caller handles it.
+    # Otherwise it is ignored, as in a background job, or the caller handles it.
     ours = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -104,14 +104,14 @@ def _fail(message: str, status: int) -> int:
 
 
 def _drop_output() -> None:
-    """Sends the rest of standard output nowhere: Python would fail once more to write it at
+    """Discards the rest of standard output; otherwise Python would fail to write it again at
     exit."""
     try:
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, sys.stdout.fileno())
         os.close(descriptor)
     except (OSError, AttributeError):
-        pass  # a stand-in for standard output, as in tests
+        pass  # standard output was replaced, as in tests
 
 
 if __name__ == "__main__":

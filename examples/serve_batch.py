@@ -1,12 +1,12 @@
-"""Serves many requests with `jax_kvpage.serving.Engine`, and prints what it took.
+"""Serves many requests with `jax_kvpage.serving.Engine` and prints statistics.
 
     python examples/serve_batch.py                                  # built-in prompts, small model
     python examples/serve_batch.py --num-requests 64 --capacity 1MiB --plot occupancy.png
     python examples/serve_batch.py --prompt-file prompts.txt --checkpoint DIR --draft DIR2
     python examples/serve_batch.py --trace azure2023_conv.csv.gz --shrink 16 --speed 10
 
-A trace gives lengths and arrival times (Azure's LLM inference traces, Mooncake's JSON lines); its
-tokens are random. DIR is a model as for decode_llama.py.
+A trace gives lengths and arrival times (Azure's LLM inference traces or Mooncake's JSON lines); the
+tokens are random. DIR is a model directory as for decode_llama.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from llama.prompts import read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 2 for a mistake in the input, 130 interrupted."""
+    """Runs the command; returns 0, 2 for a mistake in the input, or 130 for an interrupt."""
     args = _parser().parse_args(argv)
     try:
         _run(args)
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Runs the engine, and prints the figures and the texts of prompts."""
+    """Runs the engine; prints the statistics and the generated texts."""
     problem = plot_problem(args.plot) if args.plot else None
     if problem:
         raise InputError(f"--plot {args.plot}: {problem}")
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps({**values, "texts": texts}))
     else:
         _print(values, texts)
-    # Last: if it fails after all, the results have been shown.
+    # Plot last: if it fails, the results have been shown.
     if args.plot:
         print(end="", flush=True)
         plot_occupancy(result, args.plot)
@@ -178,7 +178,7 @@ def _jobs(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[Any
 
 
 def _print(values: dict[str, Any], texts: list[str]) -> None:
-    """Some of the texts, and the table."""
+    """Prints some of the texts, and the table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,13 +1,13 @@
-"""Serves a model to OpenAI's clients, on `jax_kvpage.serving.AsyncEngine`.
+"""Serves a model with an OpenAI-compatible API, using `jax_kvpage.serving.AsyncEngine`.
 
     python examples/serve_openai.py                                 # small model, port 8000
     python examples/serve_openai.py --checkpoint DIR --port 8080 --api-key SECRET
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
       -d '{"model": "tiny_llama", "prompt": "A class is", "max_tokens": 32}'
 
-It has /v1/completions, /v1/chat/completions (for checkpoints with a chat template), /v1/models,
-/health and /metrics (Prometheus, vLLM's names). DIR is a model as for decode_llama.py. It needs
-`pip install '.[serve]'`.
+Endpoints: /v1/completions, /v1/chat/completions (for checkpoints with a chat template), /v1/models,
+/health and /metrics (Prometheus, vLLM's names). DIR is a model directory as for decode_llama.py.
+Needs `pip install '.[serve]'`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 2 for a mistake in the input, 130 interrupted."""
+    """Runs the command; returns 0, 2 for a mistake in the input, or 130 for an interrupt."""
     args = _parser().parse_args(argv)
     try:
         _run(args)
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _publisher(args: argparse.Namespace) -> Iterator[Any]:
-    """Publishes KV events if the options want it; yields None if not."""
+    """Yields a publisher of KV events, or None without the option for it."""
     if args.kv_events_endpoint is None:
         if args.kv_events_replay_endpoint is not None:
             raise InputError("--kv-events-replay-endpoint: wanted --kv-events-endpoint with it")

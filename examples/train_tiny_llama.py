@@ -3,7 +3,8 @@
     python examples/train_tiny_llama.py --out tiny
 
 Tokenizer (byte-level BPE), model and held-out loss all come from the corpus of llama/corpus.py; a
-run is reproducible for one Python version. One core of a desktop machine takes under an hour.
+run is reproducible for a given Python version. It takes less than an hour on one core of a desktop
+machine.
 """
 
 import argparse
@@ -26,7 +27,7 @@ _BEGIN, _END = "<s>", "</s>"
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer that puts `<s>` before a text; `</s>` ends a document."""
+    """Trains a byte-level BPE tokenizer that adds `<s>` before a text; `</s>` ends a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,14 +45,14 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def token_stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """All documents one after another, each between `<s>` and `</s>`: int32 `[tokens]`."""
+    """Concatenates all documents, each between `<s>` and `</s>`: int32 `[tokens]`."""
     end = tokenizer.token_to_id(_END)
     encoded = tokenizer.encode_batch(documents)
     return np.concatenate([np.array([*item.ids, end], np.int32) for item in encoded])
 
 
 def tiny_config(tokenizer: Tokenizer, context: int) -> LlamaConfig:
-    """Two million parameters, a fifth of them the embedding."""
+    """A model of two million parameters, a fifth of them in the embedding."""
     begin_id, end_id = (tokenizer.encode(text).ids[-1] for text in (_BEGIN, _END))
     return LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -70,15 +71,15 @@ def tiny_config(tokenizer: Tokenizer, context: int) -> LlamaConfig:
 
 
 def next_token_loss(model: Llama, rows: jax.Array) -> jax.Array:
-    """Mean cross entropy in nats of predicting each token of rows `[B, T + 1]` from those before
-    it.
+    """Mean cross entropy, in nats, of predicting the tokens of rows `[B, T + 1]` from the tokens
+    before them.
     """
     logits = model.dense(rows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
 
 def held_out_loss(model: Llama, stream: np.ndarray, context: int, batch: int) -> float:
-    """Mean loss over a token stream cut into windows of `context`; what does not fill a batch is
+    """Mean loss over a token stream split into windows of `context`; an incomplete last batch is
     left out.
     """
     evaluate = nnx.jit(next_token_loss)
@@ -89,7 +90,7 @@ def held_out_loss(model: Llama, stream: np.ndarray, context: int, batch: int) ->
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory to write")
     parser.add_argument(
@@ -147,8 +148,8 @@ def main() -> None:
     begin = time.monotonic()
     losses = []
     for step in range(1, args.steps + 1):
-        # Attention over long windows is most of the cost: only the last quarter of the steps sees
-        # them.
+        # Attention over long windows is most of the cost, so only the last quarter of the steps
+        # uses them.
         half = 1 + (step <= args.steps * 3 // 4)
         context, windows = args.context // half, args.batch * half
         starts = random.integers(0, len(stream) - context, windows)

@@ -1,4 +1,4 @@
-"""jax_kvpage: a paged KV cache for JAX whose page table is the machine's own."""
+"""jax_kvpage: a paged KV cache for JAX that uses the hardware's page table."""
 
 from jax_kvpage import _targets as _targets
 from jax_kvpage._version import VERSION as __version__

@@ -1,6 +1,6 @@
 """`python -m jax_kvpage`: the doctor. Reports the build, the machine and the next steps.
 
-`python -m jax_kvpage store PATH` looks after the files of a store.
+`python -m jax_kvpage store PATH` lists, verifies and prunes the files of a store.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Integers from callers: as Python ints for host calls, as int32 arrays for operands of programs.
+"""Converts callers' integers: to Python ints for host calls, to int32 arrays for programs.
 
-Every host call converts its arguments here before it does anything else, so that a mistake is a
-ValueError and changes nothing. The silent wrap-around of NumPy and JAX is refused everywhere.
+Every host call converts its arguments here before it does anything else, so that a bad argument
+raises ValueError and changes nothing. Values that NumPy or JAX would wrap silently are refused.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _int_of(value: Any) -> int | None:
-    """The integer that a value is; None for anything else, traced values and bools included."""
+    """The value as an int; None if it is not an integer, including traced values and bools."""
     if type(value) is int:
         return value
     if _is_bool(value) or isinstance(value, jax.core.Tracer) or getattr(value, "ndim", 0) != 0:
@@ -62,16 +62,16 @@ def _int_of(value: Any) -> int | None:
 
 
 def host_int(name: str, value: Any, low: int = _MIN, high: int = _MAX) -> int:
-    """A Python int from an int, or from a scalar of NumPy or JAX.
+    """Converts an int, or a NumPy or JAX scalar, to a Python int.
 
     Args:
         name: what to call the value in an error, "commit: slot".
         value: the argument.
         low: the smallest value allowed.
-        high: the largest.
+        high: the largest value allowed.
 
     Raises:
-        ValueError: not an integer, traced, or out of bounds.
+        ValueError: not an integer, traced, or out of range.
     """
     number = _int_of(value)
     if number is None:
@@ -82,7 +82,7 @@ def host_int(name: str, value: Any, low: int = _MIN, high: int = _MAX) -> int:
 
 
 def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
-    """Python ints from one integer or from a sequence of them, and whether it was one.
+    """Converts one integer, or a sequence of integers, to a list of Python ints.
 
     Sequences are lists, tuples, ranges and one-dimensional arrays. Sets have no order and
     generators can be read only once, so both are refused.
@@ -91,11 +91,14 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
         name: what to call the value in an error, "acquire: num_tokens".
         value: the argument.
 
+    Returns:
+        The ints, and whether the value was a single integer.
+
     Raises:
-        ValueError: neither, or an integer that int32 cannot hold.
+        ValueError: neither of these, or an integer that does not fit int32.
     """
     plain = isinstance(value, (list, tuple)) and set(map(type, value)) == {int}
-    if plain and min(value) >= _MIN and max(value) <= _MAX:  # most calls need no look at each
+    if plain and min(value) >= _MIN and max(value) <= _MAX:  # fast path for most calls
         return list(value), False
     number = _int_of(value)
     if number is not None:
@@ -105,7 +108,7 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
     if isinstance(value, jax.core.Tracer) or not (array or isinstance(value, (list, tuple, range))):
         raise _wrong(name, wanted, value)
     if array:
-        # An empty array has no elements that could be wrong; NumPy makes it float64 by default.
+        # The dtype of an empty array does not matter: NumPy makes it float64 by default.
         if value.ndim != 1 or (value.size and not jnp.issubdtype(value.dtype, jnp.integer)):
             got = f"{value.dtype}{list(value.shape)}"
             raise ValueError(f"{name}: wanted {wanted} got {got}")
@@ -114,14 +117,18 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
 
 
 def token_ids_of(name: str, value: Any) -> tuple[list[np.ndarray], bool]:
-    """Token ids as int32 arrays, one for each sequence, and whether it was one sequence.
+    """Converts token ids to int32 arrays, one for each sequence.
 
     Args:
         name: what to call the value in an error, "acquire_prefix: token_ids".
-        value: ids (a list, tuple, range or one-dimensional array of ints), or a list of such.
+        value: the ids of one sequence (a list, tuple, range or one-dimensional array of ints), or a
+            list of such sequences.
+
+    Returns:
+        The arrays, and whether the value was a single sequence.
 
     Raises:
-        ValueError: neither, or an id that int32 cannot hold.
+        ValueError: neither of these, or an id that does not fit int32.
     """
     nested = isinstance(value, (list, tuple)) and any(not _is_scalar(x) for x in value[:1])
     if not nested:
@@ -140,8 +147,8 @@ def _is_int(value: Any) -> bool:
 def _token_ids(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1:
         return np.ascontiguousarray(value)
-    if isinstance(value, list) and value and _is_int(value[0]):  # as tokenizers make them
-        # Refuses all but integers that fit; faster than np.array.
+    if isinstance(value, list) and value and _is_int(value[0]):  # what tokenizers return
+        # Rejects everything except integers that fit; faster than np.array.
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return np.frombuffer(packed("i", value), np.int32)
     ids, single = host_ints(name, value)
@@ -151,10 +158,10 @@ def _token_ids(name: str, value: Any) -> np.ndarray:
 
 
 def as_bool(name: str, value: Any) -> bool:
-    """A Python bool from a bool.
+    """Converts a bool of Python or NumPy to a Python bool.
 
     Raises:
-        ValueError: anything else; the truth of an int or a string is not asked.
+        ValueError: anything else; the truth value of an int or a string is not used.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise _wrong(name, "True or False", value)
@@ -162,19 +169,19 @@ def as_bool(name: str, value: Any) -> bool:
 
 
 def as_host_array(name: str, values: Any) -> Any:
-    """Integers as an int32 array: of NumPy where the host knows them, of JAX where it does not.
+    """Converts integers to an int32 array: of NumPy if the host knows the values, else of JAX.
 
     Numbers that are not integers keep their dtype: abstract evaluation reports them together with
-    an op's other mistakes. An integer out of range cannot wait for that, for JAX would cut it down
-    to 32 bits.
+    the op's other errors. An integer out of range must be refused here, because JAX would truncate
+    it to 32 bits.
 
     Args:
         name: what to call the values in an error.
-        values: int, list, tuple, range or NumPy array, or a JAX array, whose dtype stays unless it
-            is int64. Elements of a list may be scalars of JAX, traced ones too.
+        values: an int, list, tuple, range or NumPy array, or a JAX array, which keeps its dtype
+            unless that is int64. List elements may be JAX scalars, including traced ones.
 
     Raises:
-        ValueError: an integer that int32 cannot hold, or no array of numbers.
+        ValueError: an integer that does not fit int32, or not an array of numbers.
     """
     if isinstance(values, jax.Array):
         return _narrowed(values)
@@ -192,7 +199,7 @@ def as_host_array(name: str, values: Any) -> Any:
     if array.dtype.kind == "O" and not all(isinstance(x, int) for x in array.flat):
         raise _wrong(name, wanted, values)
     if array.size and array.dtype.kind not in "iuO":
-        # Text, dates and records are nothing that an array of JAX could hold.
+        # JAX arrays cannot hold text, dates or records.
         if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != np.bool_:
             raise _wrong(name, wanted, values)
         return array
@@ -203,7 +210,7 @@ def as_host_array(name: str, values: Any) -> Any:
 
 
 def _stacked(name: str, values: Any) -> jax.Array:
-    """A list with traced scalars as an int32 array."""
+    """Stacks a list that contains traced scalars into an int32 array."""
     elements = []
     for i, value in enumerate(values):
         if isinstance(value, jax.core.Tracer):
@@ -216,9 +223,9 @@ def _stacked(name: str, values: Any) -> jax.Array:
 
 
 def _narrowed(array: jax.Array) -> jax.Array:
-    """int64 as int32: under jax_enable_x64 that is what jax.numpy makes of integers.
+    """Converts int64, which jax.numpy uses for integers under jax_enable_x64, to int32.
 
-    Values out of range become the limits of int32, which the op refuses when it runs.
+    Values out of range are clipped to the limits of int32, which the op refuses when it runs.
     """
     if array.dtype != np.int64:
         return array
@@ -231,12 +238,12 @@ def _clipped(array: jax.Array) -> jax.Array:
 
 
 def as_int32(name: str, values: Any) -> jax.Array:
-    """The same as `as_host_array`, as an array of JAX."""
+    """Like `as_host_array`, but always returns a JAX array."""
     return to_device(as_host_array(name, values))
 
 
 def to_device(array: Any) -> jax.Array:
-    """A host array as one of JAX; an explicit transfer where transfer guards look at them."""
+    """Converts a host array to a JAX array, by an explicit transfer if transfer guards are on."""
     if isinstance(array, jax.Array):
         return array
     if _compat.guards_transfers() and not _compat.is_tracing():

@@ -1,4 +1,4 @@
-"""The default size of a block: how many tokens of a spec one physical allocation holds."""
+"""Chooses the default block size: how many tokens one physical allocation holds."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_INT32", "TOKEN_MULTIPLE", "choose_block_tokens", "round_up"]
 
-# The size of one physical allocation is a compromise: small blocks waste little at the tail of a
-# sequence, large ones need fewer mappings and system calls. On CPU mapping costs the same 4 us for
-# 64 KiB as for 2 MiB and reading scattered 64 KiB blocks is within 5% of reading one dense array,
-# so the defaults are small. The fused layout maps one block a step where the per-layer layout maps
-# 2 * num_layers, therefore it can afford the larger one.
+# The size of one physical allocation is a compromise: small blocks waste less memory at the end of
+# a sequence, large ones need fewer mappings and system calls. On CPU, mapping takes 4 us for 64 KiB
+# and for 2 MiB alike, and reading scattered 64 KiB blocks is within 5% of reading one dense array,
+# so the defaults are small. A block of the per-layer layout holds one layer's K or V: growing a
+# sequence maps 2 * num_layers of them, where the fused layout maps one larger block.
 FUSED_TARGET_BYTES = 128 * 1024
 PER_LAYER_TARGET_BYTES = 64 * 1024
 MIN_DEFAULT_BLOCK_TOKENS = 32
 # Kernels walk a block in steps of this many tokens.
 TOKEN_MULTIPLE = 16
-# Where blocks may be padded up to the granule (fused, quantized), sizes without padding are
-# preferred as long as they need no more than this many times the tokens that the target asks for.
+# If blocks may be padded up to the granule (fused, quantized), a size without padding is preferred
+# unless it takes more than this many times the target number of tokens.
 MAX_GROWTH_AGAINST_PADDING = 4
 MAX_INT32 = 2**31 - 1
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below the value."""
+    """Rounds a value up to a multiple."""
     return -(-value // multiple) * multiple
 
 
@@ -39,16 +39,16 @@ def choose_block_tokens(
     may_pad: bool,
     capacity: int | None,
 ) -> int:
-    """The tokens of a block for a spec that leaves them open.
+    """Chooses the number of tokens in a block for a spec that does not set it.
 
     Args:
-        spec: layout and granule are set.
-        granule: the spec's.
-        token_bytes: bytes of one token in one block.
+        spec: with layout and granule set.
+        granule: the spec's granule in bytes.
+        token_bytes: bytes that one token takes in one block.
         unit: multiples of this many tokens fill whole granules.
-        may_pad: whether a block may be another multiple of 16 tokens, and padded.
-        capacity: bytes of physical memory, for which blocks are made so large that the pool needs
-            no more than its share of the process's mappings; None where mappings do not matter.
+        may_pad: whether a block may also have any other multiple of 16 tokens, with padding.
+        capacity: bytes of physical memory: blocks are made large enough that the pool needs no more
+            than its share of the process's mappings. None if mappings do not matter.
     """
     fused = spec.layout == "fused"
     target = max(FUSED_TARGET_BYTES if fused else PER_LAYER_TARGET_BYTES, granule)
@@ -57,7 +57,7 @@ def choose_block_tokens(
     wanted = min(wanted, round_up(spec.max_seq_len, TOKEN_MULTIPLE))
     tokens = round_up(wanted, unit)
     if may_pad and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
-        # Padding is unavoidable; take as many tokens as the granules hold.
+        # Padding is unavoidable: use as many tokens as fit in the granules.
         held = round_up(wanted * token_bytes, granule)
         tokens = held // token_bytes // TOKEN_MULTIPLE * TOKEN_MULTIPLE
         tokens = max(wanted, min(tokens, round_up(spec.max_seq_len, TOKEN_MULTIPLE)))
@@ -73,7 +73,7 @@ def choose_block_tokens(
 
 
 def _worst_mappings(spec: "CacheSpec", block_tokens: int, capacity: int) -> int:
-    """The most mappings that a pool with such blocks and this capacity may come to need."""
+    """The most mappings that a pool with blocks of this size and this capacity can need."""
     spec = dataclasses.replace(spec, block_tokens=block_tokens)
     blocks = capacity // spec.block_bytes
     return _native.worst_mappings(blocks, spec.max_slots * spec.num_ranges, spec.blocks_per_range)

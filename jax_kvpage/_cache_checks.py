@@ -1,4 +1,4 @@
-"""Whether a host call can go on from the cache that it was given."""
+"""Checks that a host call can use the cache that it was given."""
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ _DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": 
 
 
 def arrays_of(cache: KVCache) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """In the order of `FIELDS`."""
+    """The arrays of a cache in the order of `FIELDS`."""
     return cache.handle, cache.epoch, cache.lengths
 
 
 def check_array(op: str, name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless an array of a cache has this shape, and the right dtype."""
+    """Raises a ValueError unless an array of a cache has this shape and the right dtype."""
     if array.shape != shape or array.dtype != _DTYPES[name]:
         raise ValueError(
             f"{op}: cache.{name}: wanted {_DTYPES[name]}{list(shape)}, got "
@@ -28,7 +28,7 @@ def check_array(op: str, name: str, array: jax.Array, shape: tuple[int, ...]) ->
 
 
 def check_devices(op: str, name: str, array: jax.Array, device: jax.Device) -> None:
-    """Raises a ValueError unless an array of a cache lies on its pool's only device."""
+    """Raises a ValueError unless an array of a cache is on its pool's only device."""
     if array.sharding.device_set != {device}:
         raise ValueError(
             f"{op}: cache.{name} lies on {sorted(map(str, array.sharding.device_set))}, "
@@ -39,7 +39,7 @@ def check_devices(op: str, name: str, array: jax.Array, device: jax.Device) -> N
 
 
 def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
-    """Raises a ValueError unless this is a cache of the pool's spec, with arrays that live."""
+    """Raises a ValueError unless the cache has the pool's spec and its arrays are alive."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}")
     arrays = arrays_of(cache)
@@ -69,14 +69,14 @@ def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
 
 
 def host_lengths(cache: KVCache) -> np.ndarray:
-    """The lengths of a cache, int32[max_slots]; over a mesh those of the first device of each
-    replica, or, with devices of several processes, of this process's first device.
+    """The lengths of a cache, int32[max_slots]; over a mesh, as on the first device of each
+    replica, or, with devices of several processes, on this process's first device.
 
-    Waits for the program that makes them, and raises what it failed with.
+    Waits for the program that computes them, and raises its error if it failed.
     """
     if cache.sharding is None:
         return np.asarray(jax.device_get(cache.lengths))
-    # Not the whole array: other devices may be other processes'.
+    # Not the whole array: some of its devices may belong to other processes.
     shards = sorted(cache.lengths.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     firsts = [shard.data for shard in shards[:: cache.sharding.parts]]
     return np.concatenate(jax.device_get(firsts))

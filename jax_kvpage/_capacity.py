@@ -1,4 +1,4 @@
-"""Capacities as users write them: bytes, text, or a share of the memory that is available now."""
+"""Parses capacities: bytes, text, or a share of the memory that is available now."""
 
 import re
 from typing import Any
@@ -11,8 +11,8 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["DEFAULT_PERCENT", "bytes_of", "capacity_bytes", "parse_bytes", "parse_percent"]
 
-# What None means. A card is there for the model and its cache; a machine's memory also serves other
-# programs, and the system kills those that ask for the last of it.
+# The meaning of None. A GPU is usually dedicated to the model and its cache; host memory is shared
+# with other programs, and the system kills processes when it runs out.
 DEFAULT_PERCENT = {"cpu": 50.0, "cuda": 80.0}
 
 _MAX_BYTES = 2**63 - 1
@@ -22,10 +22,10 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 
 def parse_bytes(value: Any) -> int:
-    """Bytes from an int or from text such as "2GiB", "512 MiB", "1.5GB", "4096".
+    """Parses a number of bytes: an int, or text such as "2GiB", "512 MiB", "1.5GB", "4096".
 
     Raises:
-        ValueError: neither, not positive, or more than 64 bits can count.
+        ValueError: neither of these, not positive, or 2**63 or more.
     """
     wrong = ValueError(
         "capacity must be a positive number of bytes (less than 2**63), text such as '2GiB' or "
@@ -45,7 +45,7 @@ def parse_bytes(value: Any) -> int:
 
 
 def bytes_of(name: str, value: Any) -> int:
-    """As `parse_bytes`, for an argument of this name that is no capacity."""
+    """Like `parse_bytes`, but errors name another argument than the capacity."""
     try:
         return parse_bytes(value)
     except ValueError:
@@ -55,7 +55,7 @@ def bytes_of(name: str, value: Any) -> int:
 
 
 def parse_percent(value: Any) -> float | None:
-    """The percentage in text such as "80%" or "12.5 %"; None for anything else.
+    """Parses text such as "80%" or "12.5 %"; returns None for anything else.
 
     Raises:
         ValueError: 0, or more than 100.
@@ -70,7 +70,7 @@ def parse_percent(value: Any) -> float | None:
 
 
 def _available(place: Place) -> tuple[int, str]:
-    """Memory that a pool could take now, and whose it is."""
+    """Bytes of memory that a pool could allocate now, and the name of the owner for messages."""
     if place.backend == "cpu":
         what = "this machine (or this process's cgroup)"
         return _native.available_bytes(), what
@@ -81,13 +81,13 @@ def _available(place: Place) -> tuple[int, str]:
 
 
 def _default(spec: CacheSpec, place: Place, size: int, blocks: int) -> int:
-    """At most `size` bytes: no more than full slots take, nor than there are mappings for.
+    """Limits `size` to what full slots take and to what there are memory mappings for.
 
     Args:
         spec: resolved.
-        place: of the pool.
+        place: where the pool is.
         size: bytes.
-        blocks: that the pool's mappings are promised for already.
+        blocks: blocks for which the pool already has a promise of mappings.
     """
     size = min(size, spec.virtual_bytes)
     if place.backend != "cpu":
@@ -99,7 +99,7 @@ def _default(spec: CacheSpec, place: Place, size: int, blocks: int) -> int:
 
     most = _native.mapping_share() + (mappings(blocks) if blocks else 0)
     low, high = spec.num_ranges, size // spec.block_bytes
-    while low < high:  # the most blocks for which the mappings suffice
+    while low < high:  # finds the largest number of blocks for which the mappings suffice
         middle = (low + high + 1) // 2
         if mappings(middle) <= most:
             low = middle
@@ -111,18 +111,18 @@ def _default(spec: CacheSpec, place: Place, size: int, blocks: int) -> int:
 def capacity_bytes(
     op: str, value: Any, spec: CacheSpec, place: Place, held: int = 0, blocks: int = 0
 ) -> int:
-    """The capacity of a pool in bytes.
+    """Computes the capacity of a pool in bytes.
 
     Args:
-        op: the call, for messages.
-        value: what the caller gave: bytes, text, a share, or None.
-        spec: of the pool, resolved or not.
+        op: the call's name, for messages.
+        value: the caller's capacity: bytes, text, a share, or None.
+        spec: the pool's spec, resolved or not.
         place: where the pool is, or will be.
         held: bytes that the pool holds already; they count as available.
-        blocks: that its capacity is now.
+        blocks: the pool's present capacity in blocks.
 
     Raises:
-        ValueError: no capacity; a share that is less than the smallest pool; or the available
+        ValueError: not a capacity, a share that is less than the smallest pool, or the available
             memory is not known.
         KVPageError: the CUDA driver refused.
     """

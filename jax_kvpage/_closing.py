@@ -1,4 +1,4 @@
-"""What closes at the end of a `with` block."""
+"""Base class of context managers with a `close` method."""
 
 import abc
 from typing import Self
@@ -7,11 +7,11 @@ __all__ = ["Closing"]
 
 
 class Closing(abc.ABC):
-    """A class with `close`, which the end of a `with` block calls."""
+    """Calls `close` at the end of a `with` block."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases what this holds; safe to call again."""
+        """Releases all resources; safe to call again."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Everything that depends on the platform, on the JAX version or on the FFI ABI.
+"""Everything that depends on the platform, the JAX version or the FFI ABI.
 
 The rest of the package uses only JAX's public API; differences between the supported versions are
 handled here.
@@ -49,9 +49,9 @@ def check_platform(platform: str = sys.platform) -> None:
 
 
 def running_ffi_api() -> tuple[int, int] | None:
-    """Version of the XLA FFI API that the installed jaxlib implements.
+    """The version of the XLA FFI API that the installed jaxlib implements.
 
-    jaxlib has no function for it, so its headers are read.
+    jaxlib has no function for this, so it is read from the headers.
 
     Returns:
         (major, minor), or None when jaxlib was installed without its headers.
@@ -68,10 +68,10 @@ def running_ffi_api() -> tuple[int, int] | None:
 
 
 def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> None:
-    """Compares the FFI API of the build with the running one.
+    """Compares the FFI API version of the build with that of the running jaxlib.
 
-    XLA loads handlers of the same major version whose minor version is not newer than its own. A
-    newer one would fail only when the first backend starts, and would break all of JAX.
+    XLA loads handlers with the same major version and a minor version not newer than its own. A
+    newer handler would fail only when the first backend starts, and would break all of JAX.
 
     Raises:
         ImportError: handlers of this build cannot be loaded by the running jaxlib.
@@ -117,8 +117,8 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
 
     Args:
         operands: abstract values of the operands.
-        shape: of the result.
-        dtype: of the result.
+        shape: shape of the result.
+        dtype: dtype of the result.
     """
     widest = max(operands, key=lambda aval: len(aval.manual_axis_type.varying))
     axes = frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
@@ -133,10 +133,10 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
 
 
 def gathered(array: Any, kept: PartitionSpec | None = None) -> Any:
-    """The array in one piece where its type says that it is sharded (explicit mesh axes).
+    """Gathers an array whose type says that it is sharded (explicit mesh axes).
 
-    With `kept` it stays split like that. XLA does the same around a custom call; most functions of
-    jax.numpy refuse sharded operands.
+    With `kept`, it is resharded to that spec instead. XLA does the same around a custom call; most
+    functions of jax.numpy refuse sharded operands.
     """
     sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
@@ -145,14 +145,14 @@ def gathered(array: Any, kept: PartitionSpec | None = None) -> Any:
 
 
 def manual_axes() -> frozenset[str]:
-    """The mesh axes that the code which is traced runs once a shard for: those of `shard_map`."""
+    """The mesh axes over which the traced code runs once per shard: those of `shard_map`."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def placed_as(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
-    """The array with this sharding over a mesh with explicit axes.
+    """Reshards an array over a mesh with explicit axes.
 
-    `jax.shard_map` demands it there, and does the same by itself for automatic axes.
+    `jax.shard_map` demands this for explicit axes; for automatic axes it reshards by itself.
     """
     if AxisType.Explicit not in mesh.axis_types:
         return array
@@ -160,13 +160,13 @@ def placed_as(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
 
 
 def num_partitions(ctx: Any) -> int:
-    """Over how many devices the compiler would spread the code that is being lowered.
+    """The number of devices over which the compiler partitions the code being lowered.
 
-    It is 1 inside `shard_map` over all axes of the mesh: there each device has a call to itself.
+    It is 1 inside a `shard_map` over all axes of the mesh, where each device has its own call.
 
     Args:
-        ctx: `jax.interpreters.mlir.LoweringRuleContext`. JAX documents neither kind of its
-            `axis_context`, which know the number of devices and the mesh; hence this shim.
+        ctx: `jax.interpreters.mlir.LoweringRuleContext`. The number of devices and the mesh are in
+            its `axis_context`, neither kind of which JAX documents; hence this shim.
     """
     axes = ctx.module_context.axis_context
     if hasattr(axes, "num_devices"):
@@ -176,7 +176,7 @@ def num_partitions(ctx: Any) -> int:
 
 
 def no_mesh() -> Any:
-    """A context in which no mesh is set: for programs that run on one device in any case.
+    """A context in which no mesh is set, for programs that always run on one device.
 
     Raises:
         ValueError: JAX is tracing.
@@ -185,9 +185,9 @@ def no_mesh() -> Any:
 
 
 def is_tracing() -> bool:
-    """Whether the caller runs inside of jit or another transformation.
+    """Whether the caller runs inside jit or another transformation.
 
-    JAX has no public function for it, but refuses to change the mesh there.
+    JAX has no public function for this, but refuses to change the mesh while tracing.
     """
     try:
         with no_mesh():
@@ -197,7 +197,7 @@ def is_tracing() -> bool:
 
 
 def guards_transfers() -> bool:
-    """Whether `jax.transfer_guard` looks at transfers to the device that are not explicit."""
+    """Whether `jax.transfer_guard` logs or refuses implicit transfers to the device."""
     level = getattr(jax.config, "jax_transfer_guard_host_to_device", None)
     level = level or getattr(jax.config, "jax_transfer_guard", None)
     return level not in (None, "allow")
@@ -207,12 +207,12 @@ def default_device() -> jax.Device:
     """The device that JAX would run a program on now (`jax.default_device`, or the first)."""
     device: Any = getattr(jax.config, "jax_default_device", None)
     if device is None:
-        return jax.local_devices()[0]  # the first of all may be another process's
+        return jax.local_devices()[0]  # jax.devices()[0] may belong to another process
     return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
 
 
 def matmul_precision() -> str | None:
-    """The current `jax.default_matmul_precision`; the type stubs of JAX's config omit it."""
+    """The current `jax.default_matmul_precision`, which the type stubs of JAX's config omit."""
     precision: str | None = getattr(jax.config, "jax_default_matmul_precision", None)
     return precision
 
@@ -220,7 +220,7 @@ def matmul_precision() -> str | None:
 def platform_of(device: Any) -> str:
     """The lowering platform of programs for a device: "cpu", "cuda", "rocm", "tpu".
 
-    JAX calls both kinds of GPU "gpu" on the device itself.
+    `Device.platform` is "gpu" for both CUDA and ROCm.
     """
     if device.platform != "gpu":
         return str(device.platform)
@@ -231,15 +231,15 @@ def platform_of(device: Any) -> str:
 
 
 def is_ready(array: Any) -> bool:
-    """Whether an array has been computed. The declared type of JAX's arrays lacks the method."""
+    """Whether an array has been computed; the declared type of JAX's arrays lacks the method."""
     return bool(array.is_ready())
 
 
 class KeyValueStore:
-    """The key-value store of JAX's coordination service, which all processes share.
+    """The key-value store of JAX's coordination service, shared by all processes.
 
-    JAX has no public name for the client that `jax.distributed.initialize` makes; hence this shim,
-    the only use of a private module.
+    JAX has no public name for the client that `jax.distributed.initialize` creates; hence this
+    shim, the only use of a private module.
 
     Raises:
         ValueError: `jax.distributed.initialize` was not called, or this JAX keeps the client
@@ -263,11 +263,11 @@ class KeyValueStore:
         self._client: Any = client
 
     def put(self, key: str, text: str) -> None:
-        """Sets a key that no process has set before."""
+        """Sets a key; no process may have set it before."""
         self._client.key_value_set(key, text)
 
     def get(self, key: str, seconds: float) -> str | None:
-        """The value of a key; None if no process has set it for so many seconds."""
+        """Waits for the value of a key; returns None if no process sets it in time."""
         try:
             return str(self._client.blocking_key_value_get(key, max(int(seconds * 1000), 1)))
         except jax.errors.JaxRuntimeError as error:
@@ -276,5 +276,5 @@ class KeyValueStore:
             raise
 
     def delete(self, folder: str) -> None:
-        """Deletes all keys that begin with this."""
+        """Deletes all keys in a folder."""
         self._client.key_value_delete(folder)

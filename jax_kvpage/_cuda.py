@@ -1,7 +1,4 @@
-"""What of CUDA this build has, and what this process can see of the machine's cards.
-
-Nothing here starts CUDA: the driver is asked through `_native.cuda_report`, which opens no context.
-"""
+"""The CUDA support of this build, the places where pools live, and JAX's share of GPU memory."""
 
 import dataclasses
 import os
@@ -24,21 +21,21 @@ __all__ = [
     "preallocation",
 ]
 
-# As CMake names them ("80-real,90a-real,90-virtual"); empty in a build without CUDA.
+# In CMake's notation ("80-real,90a-real,90-virtual"); empty in a build without CUDA.
 ARCHITECTURES: str = _native.CUDA_ARCHITECTURES
 BUILT = bool(ARCHITECTURES)
-# As the driver gives its own: 13000 for CUDA 13.0; 0 in a build without CUDA.
+# Encoded like the driver's version: 13000 for CUDA 13.0; 0 in a build without CUDA.
 TOOLKIT: int = _native.CUDA_TOOLKIT
 HOW_TO_BUILD = (
     "install jax_kvpage where nvcc is found (pip install --force-reinstall --no-deps "
     "-C cmake.define.JAX_KVPAGE_CUDA=ON . in a checkout)"
 )
-# JAX's own defaults.
+# JAX's default.
 _MEM_FRACTION = "0.75"
 
 
 def missing_here() -> bool:
-    """Whether programs compiled here could run on CUDA but this build has no kernels for it."""
+    """Whether JAX can run programs on CUDA here but this build has no CUDA kernels."""
     if BUILT:
         return False
     try:
@@ -52,10 +49,10 @@ class Place:
     """Where a pool lives.
 
     Attributes:
-        platform: whose block sizes and layout a spec gets there.
-        backend: whose memory management serves the pool. "fake" is CUDA's over a driver that
-            pretends, with programs that run on CPU; CPU devices have different fake ones.
-        ordinal: the CUDA runtime's number of the device, among those that this process can see.
+        platform: selects the block sizes and the layout of a spec.
+        backend: the memory management of the pool. "fake" is the CUDA backend over a fake driver,
+            with programs that run on CPU; each CPU device has its own fake device.
+        ordinal: the CUDA runtime's number of the device, among those visible to this process.
     """
 
     platform: Literal["cpu", "cuda"]
@@ -64,14 +61,14 @@ class Place:
 
 
 def place_of(device: Any) -> Place:
-    """The place that a JAX device is.
+    """The place of a pool on a JAX device.
 
     For this package's tests, in a build with JAX_KVPAGE_TESTING: JAX_KVPAGE_FAKE_DRIVER=1 in the
-    environment puts pools of CPU devices into the fake driver's memory, JAX_KVPAGE_FAKE_DRIVER=cuda
-    uses CUDA's block sizes too.
+    environment puts pools of CPU devices into the fake driver's memory; JAX_KVPAGE_FAKE_DRIVER=cuda
+    also uses CUDA's block sizes.
 
     Raises:
-        ValueError: no pool can live there, with the reasons.
+        ValueError: no pool can live on this device; the message says why.
     """
     platform = platform_of(device)
     if platform == "cpu":
@@ -100,7 +97,7 @@ def place_of(device: Any) -> Place:
 
 
 def preallocation() -> str:
-    """How JAX's own allocator takes the cards' memory, according to the environment."""
+    """How JAX's own allocator takes GPU memory, according to the environment."""
     allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
     if allocator == "platform":
         return "nothing ahead of time (XLA_PYTHON_CLIENT_ALLOCATOR=platform)"
@@ -114,14 +111,14 @@ def preallocation() -> str:
 
 
 def memory_hint(device: Any) -> str:
-    """For a message about a full card: what JAX holds of it here.
+    """How much memory JAX's allocator holds, for a message about a full GPU.
 
     Args:
         device: the JAX device.
     """
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # this allocator keeps no account
+    except jax.errors.JaxRuntimeError:  # this allocator has no statistics
         stats = {}
     numbers = ""
     if "bytes_limit" in stats:

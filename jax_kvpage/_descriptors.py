@@ -1,8 +1,8 @@
-"""File descriptors through a Unix socket, in as many messages as it takes.
+"""Sends and receives any number of file descriptors through a Unix socket.
 
-The kernel passes at most 253 descriptors with one message (SCM_MAX_FD, see unix(7)). Each message
-here is a frame of 16 bytes: a magic number, how many descriptors there are in all, and how many
-come with this one.
+The kernel passes at most 253 descriptors in one message (SCM_MAX_FD, see unix(7)). Each message
+here is a frame of 16 bytes: a magic number, the total number of descriptors, and the number in
+this message.
 """
 
 import array
@@ -17,15 +17,15 @@ from typing import Any
 
 __all__ = ["check_socket", "close_all", "receive_descriptors", "send_descriptors"]
 
-_MOST = 253  # in one message
+_MOST = 253  # descriptors in one message
 _FRAME = struct.Struct("<8sII")
 _MAGIC = b"KVPAGEFD"
-_LIMIT = 1 << 20  # in all: what no process may have open
+_LIMIT = 1 << 20  # descriptors in total: more than a process may have open
 _PATIENCE = 60.0  # seconds
 
 
 def check_socket(op: str, connection: socket.socket) -> None:
-    """Raises a ValueError for anything that cannot carry descriptors."""
+    """Raises a ValueError unless the connection is a Unix socket."""
     if not isinstance(connection, socket.socket) or connection.family != socket.AF_UNIX:
         raise ValueError(f"{op}: connection: wanted a Unix socket (AF_UNIX), got {connection!r}")
 
@@ -34,12 +34,12 @@ def send_descriptors(connection: socket.socket, descriptors: Sequence[int]) -> N
     """Sends descriptors; the receiver calls `receive_descriptors`.
 
     Args:
-        connection: a connected Unix socket that keeps order (SOCK_STREAM, SOCK_SEQPACKET), blocking
-            or with a timeout.
+        connection: a connected Unix socket that preserves order (SOCK_STREAM, SOCK_SEQPACKET),
+            blocking or with a timeout.
         descriptors: at least one; they stay open.
 
     Raises:
-        OSError: of the socket.
+        OSError: the socket failed.
     """
     for begin in range(0, len(descriptors), _MOST):
         some = array.array("i", descriptors[begin : begin + _MOST])
@@ -53,7 +53,7 @@ def _send(connection: socket.socket, frame: bytes, ancillary: list[Any]) -> None
         try:
             sent = connection.sendmsg([frame], ancillary)
         except OSError as error:
-            # Descriptors that nobody has received yet are limited as open ones are.
+            # Descriptors in flight count against the limit on open descriptors.
             if error.errno != errno.ETOOMANYREFS or time.monotonic() > until:
                 raise
             time.sleep(0.001)
@@ -64,15 +64,15 @@ def _send(connection: socket.socket, frame: bytes, ancillary: list[Any]) -> None
 
 
 def receive_descriptors(connection: socket.socket) -> list[int]:
-    """Receives what `send_descriptors` sends, and no byte beyond it.
+    """Receives what `send_descriptors` sends, and not a byte more.
 
     Returns:
-        The descriptors, in order, which the caller closes.
+        The descriptors, in order. The caller must close them.
 
     Raises:
-        ConnectionError: the sender has closed the connection before the end.
+        ConnectionError: the sender closed the connection too early.
         ValueError: something else was sent.
-        OSError: of the socket; this process may have no more descriptors open.
+        OSError: the socket failed, or this process cannot open more descriptors.
     """
     received: list[int] = []
     try:
@@ -94,7 +94,7 @@ def receive_descriptors(connection: socket.socket) -> list[int]:
 
 
 def _receive(connection: socket.socket, received: list[int]) -> bytes:
-    """The next frame; its descriptors are appended to `received`."""
+    """Receives the next frame and appends its descriptors to `received`."""
     frame = b""
     room = socket.CMSG_SPACE(_MOST * array.array("i").itemsize)
     while len(frame) < _FRAME.size:
@@ -122,7 +122,7 @@ def _receive(connection: socket.socket, received: list[int]) -> bytes:
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Closes descriptors that nobody else has."""
+    """Closes descriptors; errors are ignored."""
     for fd in descriptors:
         with contextlib.suppress(OSError):
             os.close(fd)

@@ -1,4 +1,4 @@
-"""The report of `python -m jax_kvpage`: the build, the machine, and the next steps."""
+"""The report of `python -m jax_kvpage`: the build, the machine and the next steps."""
 
 import dataclasses
 import platform
@@ -20,7 +20,7 @@ from jax_kvpage.spec import CacheSpec
 __all__ = ["Findings", "examine"]
 
 _WORKS = "works"
-# The CUDA kernels use instructions of this compute capability.
+# The oldest compute capability that the CUDA kernels support.
 _OLDEST_CARD = (8, 0)
 
 
@@ -30,7 +30,7 @@ class Findings:
 
     Attributes:
         rows: (subject, finding) pairs.
-        broken: features that should work here and do not.
+        broken: features that should work here but do not.
         advice: next steps.
     """
 
@@ -44,7 +44,7 @@ class Findings:
 
 
 def _release(version: int) -> str:
-    """A version of CUDA as people write it: 13.0 for 13000."""
+    """A CUDA version as text: 13.0 for 13000."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
@@ -53,7 +53,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _try(device: jax.Device) -> str:
-    """Writes and reads one token through a pool on a device: "works", or the error."""
+    """Writes and reads one token through a pool on a device; returns "works" or the error."""
     spec = CacheSpec(1, 1, 64, max_slots=1, max_seq_len=64, dtype=jnp.float32)
     try:
         with jax.default_device(device), KVPool(spec, "2MiB", device=device) as pool:
@@ -89,7 +89,7 @@ def _machine(found: Findings) -> None:
 
 
 def _compare_with_toolkit(found: Findings, version: int) -> None:
-    """Advises what to do about a driver that is older than the toolkit of the build."""
+    """Gives advice if the driver is older than the toolkit of the build."""
     if not _cuda.BUILT or version >= _cuda.TOOLKIT:
         return
     older = (
@@ -109,7 +109,7 @@ def _compare_with_toolkit(found: Findings, version: int) -> None:
 
 
 def _driver(found: Findings) -> list[Any]:
-    """The GPUs that the driver sees and this package can use."""
+    """Reports the driver and its GPUs; returns those that this package can use."""
     report = _native.cuda_report()
     version = report.driver_version
     if report.problem:
@@ -153,7 +153,7 @@ def _next_for_cuda(found: Findings, cards: list[Any], devices: list[Any]) -> Non
 
 
 def examine() -> Findings:
-    """Inspects the build and the machine, and tries one token on each kind of device."""
+    """Inspects the build and the machine, and tries one token on CPU and on each CUDA device."""
     found = Findings()
     _software(found)
     devices = jax.devices()

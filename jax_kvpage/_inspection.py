@@ -1,4 +1,4 @@
-"""The part of KVPool that only looks: accounts, tables, views."""
+"""The read-only calls of KVPool: accounts, tables, views."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -37,14 +37,14 @@ class Inspection(ReplicaCalls):
     _queue: Queue
 
     def can_acquire(self, num_tokens: int | Sequence[int]) -> bool:
-        """Whether `acquire` of the same would succeed now, for schedulers. Changes nothing.
+        """Whether `acquire` with the same `num_tokens` would succeed now, for schedulers.
 
-        Slots that are draining do not count: `acquire(..., wait=True)` may succeed where this is
-        False. The pool's own accounts are asked: `acquire` can still fail where the system has less
-        memory than the capacity promises, or where another thread takes it first.
+        Draining slots do not count: `acquire(..., wait=True)` may succeed when this returns False.
+        Only the pool's accounts are consulted: `acquire` can still fail if the system has less
+        memory than the capacity promises, or if another thread takes it first.
 
         Args:
-            num_tokens: tokens to map room for, or a list of them, a slot for each.
+            num_tokens: tokens to map room for, or a list with an entry for each slot.
 
         Raises:
             ValueError: num_tokens out of range.
@@ -73,7 +73,7 @@ class Inspection(ReplicaCalls):
         """The valid slot table: a row for each occupied or draining slot.
 
         Args:
-            cache: when given, the rows carry its lengths, which are waited for.
+            cache: if given, the call waits for its lengths and the rows contain them.
         """
         lengths = None
         if cache is not None:
@@ -92,16 +92,16 @@ class Inspection(ReplicaCalls):
     def block_map(self, slot: int, *, owners: Literal[True]) -> list[list[BlockInfo]]: ...
 
     def block_map(self, slot: int, *, owners: bool = False) -> Any:
-        """Which physical block each logical block of a slot is.
+        """The physical block of each logical block of a slot.
 
         Args:
             slot: an occupied slot.
-            owners: tell for each block which slots map it, and which one for writing.
+            owners: also return which slots map each block, and which of them maps it for writing.
 
         Returns:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
             layer 1, ... in the per-layer layout) a list of (physical block, reference count), or
-            with `owners` of `BlockInfo`; (-1, 0) for blocks that were dropped (`drop_before`).
+            of `BlockInfo` with `owners`; (-1, 0) for blocks that were dropped (`drop_before`).
 
         Raises:
             ValueError: a slot that does not exist.
@@ -114,24 +114,24 @@ class Inspection(ReplicaCalls):
         return self._native.call(self._pool.block_map, slot)
 
     def memory_ranges(self, slot: int) -> list[MemoryRange]:
-        """Where a slot's keys and values are, for a transport that registers memory.
+        """The memory of a slot's keys and values, for transports that register memory.
 
-        NIXL and RDMA libraries want address and length of what they send. The ranges hold
-        blocks of `spec.block_bytes` bytes, one after the other, in the pool's layout (see
-        `CacheSpec`): the same bytes are a sequence in every pool of the same shape and platform.
+        NIXL and RDMA libraries need the address and length of what they send. Each range holds
+        consecutive blocks of `spec.block_bytes` bytes in the pool's layout (see `CacheSpec`): the
+        same bytes are a valid sequence in every pool of the same shape and platform.
 
-        They stay valid until the slot is released, or its memory changes by `truncate`,
+        The ranges stay valid until the slot is released or its memory is changed by `truncate`,
         `drop_before` or `swap_out`; `extend` and programs that map memory make them longer, at the
-        same addresses. They are for reading: committed tokens, once the program that wrote them has
-        ended (`check`). The pool cannot know of tokens that something else writes there: what a
-        transport receives goes into a slot with `append_kv`.
+        same addresses. Only read them: committed tokens, after the program that wrote them has
+        finished (`check`). The pool cannot know about tokens written by others: put what a
+        transport receives into a slot with `append_kv`.
 
         Args:
             slot: an occupied slot.
 
         Returns:
-            What is mapped, one piece for each range of the slot: one in the fused layout; K and V
-            of layer 0, K and V of layer 1, ... in the per-layer layout.
+            The mapped memory of each range of the slot: one range in the fused layout; K and V of
+            layer 0, K and V of layer 1, ... in the per-layer layout.
 
         Raises:
             KVPageError: the slot is not occupied.
@@ -147,18 +147,18 @@ class Inspection(ReplicaCalls):
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
 
         The arrays have a constant shape and alias the cache: a program that takes them as arguments
-        sees what earlier programs have written. What is not mapped or not written reads as zeros. A
-        slot with views stays draining after its release until they are gone.
+        sees what earlier programs have written. Positions that are not mapped or not written read
+        as zeros. A released slot keeps draining until its views are gone.
 
-        A program that writes the cache and reads a view must read it with `read_views`. A direct
-        read there is wrong: XLA takes the view for a constant and may read it before the write,
+        A program that writes the cache and reads a view must read it with `read_views`. Reading it
+        directly is wrong: XLA takes the view for a constant and may read it before the write,
         without an error. `jax.lax.optimization_barrier` does not help.
 
-        Never donate a view, return it from a program or slice it outside of one: XLA would copy the
-        whole range.
+        Never donate a view, return it from a program or slice it outside of a program: XLA would
+        copy the whole range.
 
         Args:
-            layer: which layer.
+            layer: the layer's index.
             slot: an occupied slot; None for all slots.
 
         Returns:
@@ -166,18 +166,18 @@ class Inspection(ReplicaCalls):
             head_dim] for all slots, in the storage dtype.
 
         Raises:
-            ValueError: a pool in device memory, the fused layout, quantized storage, a layer out of
-                range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
+            ValueError: a pool on a GPU or over a mesh, the fused layout, quantized storage, a layer
+                out of range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
             KVPageError: the slot is not occupied.
         """
         return views.view(self._native, layer, slot)
 
     def check(self, cache: KVCache) -> None:
-        """Waits for the program that made a cache, and raises if it or one before it failed.
+        """Waits for the program that returned a cache; raises if it or an earlier one failed.
 
         Raises:
-            jax.errors.JaxRuntimeError: what the program failed with (on CUDA, and over a mesh with
-                `axis` or `data_axis`, a DeviceFault).
+            jax.errors.JaxRuntimeError: the program's error (on CUDA, and over a mesh with `axis` or
+                `data_axis`, a DeviceFault).
         """
         self._queue.check_cache("check", cache)
         self._queue.wait_for(cache)

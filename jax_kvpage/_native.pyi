@@ -13,7 +13,7 @@ CUDA_ARCHITECTURES: str
 # Their toolkit's version (13000 for CUDA 13.0); 0 in a build without CUDA.
 CUDA_TOOLKIT: int
 
-# Host verbs that edit_slots may be queued for, by name.
+# The host verbs that queue edit_slots, by name.
 VERBS: dict[str, int]
 
 class Code(enum.Enum):
@@ -26,7 +26,7 @@ class Code(enum.Enum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
 
-# What makes Python raise a more special exception than the code stands for (cc/base/status.h).
+# Selects a more specific exception than the code does (cc/base/status.h).
 class Reason(enum.Enum):
     NONE = 0
     CLOSED = 1
@@ -188,7 +188,7 @@ class Decision:
     @property
     def edits(self) -> list[tuple[int, int, int, int]]: ...
 
-# The members of both classes below; there is no such class at run time.
+# The common members of the two classes below; not a class at run time.
 class _AnySwapped:
     @property
     def slot(self) -> int: ...
@@ -201,7 +201,7 @@ class _AnySwapped:
     @property
     def stored(self) -> bool: ...
     @property
-    def place(self) -> str: ...  # of the store: "on disk", "in host memory"
+    def place(self) -> str: ...  # where the store is: "on disk", "in host memory"
     def wait(self, seconds: float) -> bool: ...
     @property
     def tokens(self) -> int: ...
@@ -209,7 +209,7 @@ class _AnySwapped:
     def error(self) -> str: ...
     def drop(self) -> None: ...
 
-# A swapped-out sequence, which is a ticket too: `wait`, `tokens`, `error`.
+# A swapped-out sequence; also a ticket, with `wait`, `tokens` and `error`.
 class Swapped(_AnySwapped):
     def __init__(self, store: Store | HostStore) -> None: ...
 
@@ -218,7 +218,7 @@ class JointSwapped(_AnySwapped):
     def __init__(self, parts: list[Swapped]) -> None: ...
     @property
     def parts(self) -> list[Swapped]: ...
-    # Takes `Pool.start_read` of a part back.
+    # Undoes `Pool.start_read` of a part.
     def cancel_read(self, part: int) -> None: ...
 
 class JointNumbers:
@@ -231,31 +231,31 @@ class JointNumbers:
     @property
     def waits(self) -> int: ...
 
-# Programs on the devices of a mesh map memory in all of its pools alike (cc/cache/joint_maps.h).
+# Makes programs on the devices of a mesh map memory alike in all pools (cc/cache/joint_maps.h).
 class JointMaps:
     def __init__(self, pools: Sequence[Pool]) -> None: ...
     def begin(self, generations: Sequence[tuple[int, int]]) -> None: ...
     def enter(self) -> None: ...
     def leave(self) -> None: ...
-    # The parts were swapped out: from now on they go on together.
+    # Joins the parts of a sequence that was swapped out: they change state together from now on.
     def join_swapped(self, swapped: JointSwapped) -> None: ...
     def numbers(self) -> JointNumbers: ...
 
-# Ops on these pools, each given with the end of its messages, fail no program from now on; what
-# they would have failed with is raised by `take_fault` and, with `in_calls`, other host calls.
+# From now on, failed ops on these pools do not fail their programs. Their errors, with the pool's
+# string appended, are raised by `take_fault` and, with `in_calls`, by other host calls.
 def share_faults(pools: Sequence[tuple[Pool, str]], in_calls: bool) -> None: ...
 
 # `Pool.take_fault` of the pool with this id.
 def take_fault_of(id: int) -> None: ...
 
-# A sequence on its way between processes.
+# A sequence that is handed over between processes.
 class Handover:
     @staticmethod
     def receive(descriptors: list[int]) -> Handover: ...
     @property
     def closed(self) -> bool: ...
     def close(self) -> None: ...
-    # The others: not once it is closed.
+    # The members below must not be used once it is closed.
     def filenos(self) -> list[int]: ...
     @property
     def token_ids(self) -> list[int]: ...
@@ -284,18 +284,18 @@ class Pool:
     def id(self) -> int: ...
     @property
     def closed(self) -> bool: ...
-    # Occupies slots: the claim has them if it is ok, and so has the decision.
+    # Occupies slots; they are in the claim, if it is ok, and in the decision.
     def acquire(self, decision: Decision, num_tokens: list[int]) -> Claim: ...
-    # The host's part of edits (opcode, slot, length, donor) that a verb is about to queue.
+    # Does the host's part of edits (opcode, slot, length, donor) that a verb is about to queue.
     def start_edits(
         self, decision: Decision, verb: str, edits: Sequence[tuple[int, int, int, int]]
     ) -> None: ...
-    # Takes back what was decided, also in a pool that is closed.
+    # Undoes a decision, also in a closed pool.
     def undo(self, decision: Decision) -> None: ...
-    def can_acquire(self, num_tokens: list[int]) -> Claim: ...  # without slots
+    def can_acquire(self, num_tokens: list[int]) -> Claim: ...  # the claim has no slots
     def extend(self, slots: list[int], num_tokens: list[int]) -> Claim: ...
-    # Sequences with the first tokens of others, (donor, tokens) of each; tokens -1: all that are
-    # committed.
+    # Makes sequences with the first tokens of others: (donor, tokens) for each. -1 tokens: all
+    # committed ones.
     def fork(
         self,
         decision: Decision,
@@ -325,7 +325,7 @@ class Pool:
         generation: int,
         epoch: int,
     ) -> None: ...
-    # Checks copies (source, target, begin, count) and keeps the targets' further tokens out of the
+    # Checks copies (source, target, begin, count) and excludes the targets' further tokens from the
     # prefix index. Returns the rows of the program's operand.
     def start_reuse(
         self, decision: Decision, copies: Sequence[tuple[int, int, int, int]]
@@ -338,13 +338,13 @@ class Pool:
     def evict(self, blocks: int) -> int: ...
     def events(self) -> PrefixEvents: ...
     def commit(self, slot: int, token_ids: list[int]) -> None: ...
-    # Takes back an extend or a commit: no more room and committed tokens than these.
+    # Undoes an extend or a commit: reduces the room and the committed tokens to these numbers.
     def retract(self, slot: int, reserved: int, committed: int) -> None: ...
     def committed(self, slot: int) -> list[int]: ...
     def new_generation(self) -> tuple[int, int, list[int]]: ...
     def swap_out(self, decision: Decision, swapped: Swapped, slot: int) -> None: ...
     def prefetch_swapped(self, swapped: Swapped) -> Claim: ...
-    # Of a part, to be read once all parts have been asked for.
+    # Claims blocks for one part; reading starts once this was called for all parts.
     def start_read(self, swapped: JointSwapped, part: int) -> Claim: ...
     def swap_in(self, decision: Decision, swapped: Swapped, recover: bool) -> Claim: ...
     def swap_writes(self) -> int: ...
@@ -364,23 +364,23 @@ class Pool:
     def memory_ranges(self, slot: int) -> list[tuple[int, int]]: ...
     def block_owners(self, slot: int) -> list[list[BlockRow]]: ...
     def view(self, layer: int, kv: int, slot: int) -> Any: ...
-    # The first fault that a program left on the device since the last look, as StatusError; over a
-    # mesh that of any pool, until a new generation begins.
+    # Raises the first fault that programs left on the device since the last call, as StatusError;
+    # over a mesh, that of any pool, until a new generation begins.
     def take_fault(self) -> None: ...
-    # The same, if no call has raised it: over a mesh.
+    # Over a mesh: the same, but only a fault that no call has raised yet.
     def untold_fault(self) -> None: ...
-    # Waits for the store. `all`: of all namespaces, and without ids.
+    # Waits for the store. `all`: saves all namespaces; `ids` is then empty.
     def save_prefixes(
         self, store: Store, space: str, ids: Sequence[NDArray[np.int32]], all: bool
     ) -> Saved: ...
     def load_prefixes(self, store: Store) -> Loaded: ...
-    # The store below the pool; before anything else happens to the pool.
+    # Sets the store below the pool; must be the first call on the pool.
     def attach_store(self, store: Store | HostStore, write_ahead: float) -> None: ...
     def stored_prefix(self, space: str, ids: NDArray[np.int32]) -> int: ...
-    # `prefill_rate`: tokens a second; 0: unknown.
+    # `prefill_rate`: tokens per second; 0: unknown.
     def prefetch(self, space: str, ids: NDArray[np.int32], prefill_rate: float) -> FetchTicket: ...
     def tier_numbers(self) -> TierNumbers: ...
-    # What programs on the device do wrong without failing, once; empty: nothing.
+    # Returns, once, a warning about misuse by programs on the device that is not an error, or "".
     def take_warning(self) -> str: ...
     def close(self) -> None: ...
 
@@ -405,7 +405,7 @@ class HostNumbers:
     def failed_reads(self) -> int: ...
     @property
     def last_error(self) -> str: ...
-    # Seconds, from the call to the end.
+    # Seconds from the call to the end.
     @property
     def swap_out_seconds_median(self) -> float: ...
     @property
@@ -465,12 +465,12 @@ class StoreNumbers:
     def files_evicted(self) -> int: ...
     @property
     def bytes_evicted(self) -> int: ...
-    # By the name of the problem.
+    # Counts by the name of the problem.
     @property
     def refused(self) -> dict[str, int]: ...
     @property
     def missed(self) -> dict[str, int]: ...
-    # Seconds, from the call to the end.
+    # Seconds from the call to the end.
     @property
     def swap_out_seconds_median(self) -> float: ...
     @property
@@ -483,11 +483,11 @@ class StoreNumbers:
     def last_error(self) -> str: ...
 
 class FetchTicket:
-    def wait(self, seconds: float) -> bool: ...  # ready by then
+    def wait(self, seconds: float) -> bool: ...  # whether it is ready
     @property
     def tokens(self) -> int: ...
     @property
-    def error(self) -> str: ...  # empty: none
+    def error(self) -> str: ...  # "" if there was none
 
 class TierNumbers:
     @property
@@ -559,7 +559,7 @@ class StoreFile:
     @property
     def used(self) -> float: ...
     @property
-    def problem(self) -> str: ...  # "none": it is sound
+    def problem(self) -> str: ...  # "none" if it has none
     @property
     def layout(self) -> str: ...
     @property
@@ -575,7 +575,7 @@ class StoreFile:
 
 def store_files(path: str, verify: bool) -> list[StoreFile]: ...
 
-# Returns the names of the files that are gone.
+# Returns the names of the removed files.
 def store_prune(path: str, limit_bytes: int, used_before: float) -> list[str]: ...
 def store_checksum(bytes: Any) -> int: ...
 
@@ -593,21 +593,21 @@ class CudaDevice:
     @property
     def virtual_memory(self) -> bool: ...
     @property
-    def shareable(self) -> bool: ...  # memory can be given to other processes
+    def shareable(self) -> bool: ...  # memory can be shared with other processes
     @property
     def granularity(self) -> int: ...  # of physical memory; 0: no virtual memory management
     @property
-    def problem(self) -> str: ...  # why nothing is known of it; "" when all is
+    def problem(self) -> str: ...  # why it could not be queried, or ""
 
 class CudaReport:
     @property
-    def driver_version(self) -> int: ...  # as cuDriverGetVersion says (13000); 0: no driver
+    def driver_version(self) -> int: ...  # from cuDriverGetVersion (13000); 0: no driver
     @property
-    def problem(self) -> str: ...  # why there is no driver that can be used; "" when there is
+    def problem(self) -> str: ...  # why no driver can be used, or ""
     @property
     def devices(self) -> list[CudaDevice]: ...
 
-# Opens the driver, but no context. Works in every build.
+# Loads the driver, but creates no context. Works in every build.
 def cuda_report() -> CudaReport: ...
 
 class PrefixMatch:
@@ -640,12 +640,12 @@ class PrefixEvent:
     @property
     def space(self) -> int: ...
     @property
-    def parent(self) -> int: ...  # 0: the block is the first
+    def parent(self) -> int: ...  # 0 for the first block of a sequence
     @property
     def tokens(self) -> list[int]: ...
 
 class PrefixEvents:
-    """What the index of a pool stored and removed since the last call."""
+    """What the prefix index of a pool stored and removed since the last call."""
 
     @property
     def events(self) -> list[PrefixEvent]: ...
@@ -653,9 +653,9 @@ class PrefixEvents:
     def spaces(self) -> list[str]: ...  # names of namespaces, by number
 
 class PrefixIndex:
-    """The prefix index by itself, for tests and benchmarks (cc/cache/prefix_index.h).
+    """The prefix index without a pool, for tests and benchmarks (cc/cache/prefix_index.h).
 
-    Namespaces are numbers, made by `namespace`; 0 is that of "".
+    Namespaces are numbers, made by `namespace`; 0 is the namespace "".
     """
 
     def __init__(
@@ -667,15 +667,15 @@ class PrefixIndex:
     def namespace(self, name: str) -> int: ...
     def find(self, tokens: NDArray[np.int32], space: int = 0) -> PrefixMatch: ...
     def touch(self, tokens: NDArray[np.int32], space: int = 0) -> None: ...
-    # Blocks that are referred to now.
+    # Returns blocks that the index has begun to refer to.
     def store(
         self, slot: int, tokens: NDArray[np.int32], map: NDArray[np.int32], space: int = 0
     ) -> NDArray[np.int32]: ...
     def tokens(self, slot: int) -> int: ...
-    # Blocks that are no longer referred to.
+    # Returns blocks that the index no longer refers to.
     def cut(self, slot: int, tokens: int, keep_blocks: int = 0) -> NDArray[np.int32]: ...
     def detach(self, slot: int) -> None: ...
-    # The same, of entries without an owner; they free their blocks.
+    # The same for entries without an owner, evicted until `enough` blocks are free.
     def evict(self, enough: int) -> NDArray[np.int32]: ...
     # "retain" or "drop"
     def hint(self, tokens: NDArray[np.int32], hint: str, space: int = 0) -> None: ...
@@ -690,53 +690,53 @@ class PrefixIndex:
     def expire_pins(self, now: float) -> None: ...
     def record_events(self, most: int) -> None: ...
     def take_events(self) -> list[PrefixEvent]: ...
-    # Namespace, number, parent's number and tokens of all entries, parents first.
+    # Returns namespace, number, parent's number and tokens of all entries, parents first.
     def entries(self) -> list[tuple[int, int, int, list[int]]]: ...
     @property
     def numbers(self) -> PrefixNumbers: ...
 
 # Only in a build with JAX_KVPAGE_TESTING.
 class FakeDriver:
-    """The fake driver of this process: what pools with backend "fake" call."""
+    """The fake driver of this process, used by pools with backend "fake"."""
 
-    # A new driver; the pools on the one before must be gone.
+    # Makes a new driver; no pools may be left on the old one.
     def configure(self, granularity: int, memory_bytes: int) -> None: ...
-    # The `at`-th call (1 is the next one) of a driver function ("cuMemCreate"), and `times` - 1
-    # after it, do nothing and answer this CUresult.
+    # The `at`-th call (1 is the next one) of a driver function ("cuMemCreate"), and the next
+    # `times` - 1 calls, do nothing and return this CUresult.
     def fail(self, function: str, at: int, code: int, times: int = 1) -> None: ...
     # The same for the `at`-th call of any function.
     def fail_any(self, at: int, code: int) -> None: ...
-    # Memory that the driver says is free.
+    # Memory that the driver reports as free.
     def free_bytes(self) -> int: ...
     def clear_faults(self) -> None: ...
     @property
-    def faults(self) -> int: ...  # answered so far
-    # Calls by function name.
+    def faults(self) -> int: ...  # injected failures so far
+    # Numbers of calls by function name.
     def calls(self) -> dict[str, int]: ...
-    # What is alive and what went wrong (all 0 when nothing leaks), and the first broken rule.
+    # Numbers of live objects and of errors (all 0 if nothing leaks), and the first broken rule.
     def report(self) -> tuple[dict[str, int], str]: ...
 
 fake_driver: FakeDriver
 
 # Only in a build with JAX_KVPAGE_TESTING.
 class FakeDevices:
-    """The fake driver's devices with pools of the backend "fake_cuda", which have a mirror.
+    """The fake driver's devices, with pools of backend "fake_cuda", which have a mirror.
 
-    No programs run there: tests play them.
+    No programs run there: tests simulate them.
     """
 
-    # What a program leaves of a slot: that many tokens, written in every layer; -1: released.
+    # Simulates a program after which the slot has this many tokens in every layer; -1: released.
     def play(self, device: int, pool: int, slot: int, tokens: int) -> None: ...
-    # A program was refused: it wanted room for that many tokens.
+    # Simulates a program that was refused because it needed room for this many tokens.
     def refuse(self, device: int, pool: int, slot: int, tokens: int) -> None: ...
-    # (room, length, released) of each slot, as programs find them.
+    # Returns (room, length, released) of each slot as programs see it.
     def rows(self, device: int, pool: int) -> list[tuple[int, int, bool]]: ...
     def close(self) -> None: ...
 
 fake_devices: FakeDevices
 
-# Bytes of device scratch that custom calls on CUDA take as their last result. dtypes are the spec's
-# codes.
+# Bytes of device scratch memory that custom calls on CUDA take as their last result. dtypes are the
+# spec's codes.
 def checked_scratch_bytes(num_sequences: int, max_slots: int) -> int: ...
 def attention_plan_bytes(num_sequences: int) -> int: ...
 def attention_scratch_bytes(
@@ -752,14 +752,14 @@ def attention_scratch_bytes(
     exact_weights: bool = False,
 ) -> int: ...
 
-# Platform "cpu", or "cuda": empty in a build without CUDA.
+# The handlers for platform "cpu" or "cuda"; none for "cuda" in a build without CUDA.
 def registrations(platform: str = "cpu") -> dict[str, Any]: ...
 def instruction_set() -> str: ...
 def memory_limit_bytes() -> int: ...
 def available_bytes() -> int: ...
 
-# Free memory of a CUDA device now; retains its primary context for the question. StatusError where
-# there is no driver or no such device.
+# The free memory of a CUDA device now; retains its primary context during the call. Raises
+# StatusError if there is no driver or no such device.
 def free_device_bytes(ordinal: int) -> int: ...
 def max_map_count() -> int: ...
 def worst_mappings(blocks: int, ranges: int, blocks_per_range: int) -> int: ...

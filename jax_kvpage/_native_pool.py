@@ -1,7 +1,7 @@
-"""Calls into the compiled pool, and its failed statuses as this package's exceptions.
+"""Calls into the compiled pool, and conversion of its failed statuses to exceptions.
 
-The type of an exception follows from the status's reason, or from its code where there is none;
-nothing here looks into a message.
+The type of an exception follows from the reason of the status, or from its code if it has no
+reason; statuses' messages are not parsed.
 """
 
 import re
@@ -38,12 +38,12 @@ _BY_CODE: dict[Code, type[Exception]] = {
 }
 
 
-# How nanobind begins to say that a call's arguments do not convert.
+# The beginning of nanobind's message for arguments that cannot be converted.
 _SIGNATURE = re.compile(r"(\w+)\(\): incompatible function arguments")
 
 
 def _numbers(value: Any) -> str:
-    """The integers in a call's arguments that do not fit, for the beginning of a message."""
+    """The integers among a call's arguments that do not fit int32, for a message."""
     if isinstance(value, (list, tuple)):
         return "".join(_numbers(item) for item in value)
     fits = not isinstance(value, int) or -(2**31) <= value < 2**31
@@ -51,14 +51,14 @@ def _numbers(value: Any) -> str:
 
 
 def exception(code: Code, reason: Reason, message: str) -> Exception:
-    """The exception that a failed status of a host call becomes."""
-    if reason is Reason.DEVICE_FAULT:  # as JAX writes what a program fails with on CPU
+    """The exception for the failed status of a host call."""
+    if reason is Reason.DEVICE_FAULT:  # the form that JAX gives to errors of programs on CPU
         message = f"{code.name}: {message}"
     return _BY_REASON.get(reason, _BY_CODE.get(code, KVPageError))(message)
 
 
 def checked(function: Any, *args: Any) -> Any:
-    """Calls into C++ apart from any pool; a failed status becomes an exception."""
+    """Calls into C++ without a pool; a failed status becomes an exception."""
     try:
         return function(*args)
     except _native.StatusError as error:
@@ -67,7 +67,7 @@ def checked(function: Any, *args: Any) -> Any:
 
 
 class PoolOptions(NamedTuple):
-    """The modes of a pool, in the order in which `_native.Pool` takes them."""
+    """The modes of a pool, in the order of the parameters of `_native.Pool`."""
 
     allow_stale: bool
     poison: bool
@@ -75,10 +75,10 @@ class PoolOptions(NamedTuple):
 
     @classmethod
     def checked(cls, on_stale: str, poison: bool, debug: bool) -> Self:
-        """The options that the arguments of `KVPool` ask for.
+        """Checks the arguments of `KVPool` and converts them to options.
 
         Raises:
-            ValueError: an argument that is no option, or two that exclude each other.
+            ValueError: an invalid argument, or two that exclude each other.
         """
         if on_stale not in ("error", "allow"):
             raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
@@ -96,19 +96,20 @@ class NativePool:
     """The compiled pool of a `KVPool`.
 
     Attributes:
-        pool: `_native.Pool`; its methods are called through `call` or `claim`.
-        spec: resolved.
-        device: where the cache's arrays live.
-        placement: where arrays for programs are put.
-        place: the same for the compiled side.
-        sharding: over which devices of a mesh; None: on `device` alone.
-        block_bytes: bytes of a block, on all devices together.
-        lock: of a decision with the program that is queued for it, where pools decide together.
+        pool: `_native.Pool`; its methods are called through `call` or `Queue.claim`.
+        spec: the resolved spec.
+        device: the device of the cache's arrays.
+        placement: the placement of arrays for programs.
+        place: where the compiled pool lives.
+        sharding: how the pool is split over a mesh; None if it is on `device` alone.
+        block_bytes: bytes of a block, summed over all devices.
+        lock: held while a decision is made and its program queued, if several pools decide
+            together.
 
     Raises:
         ValueError: a spec or capacity that cannot work.
-        KVPageError: the CUDA driver refused.
-        OutOfBlocks: more capacity than there is memory.
+        KVPageError: a call of the CUDA driver failed.
+        OutOfBlocks: the capacity is larger than the available memory.
     """
 
     def __init__(
@@ -135,28 +136,28 @@ class NativePool:
         )
 
     def refuse_mesh(self, call: str) -> None:
-        """Raises a ValueError for calls that a pool over a mesh does not have so far."""
+        """Raises a ValueError for a call that pools over a mesh do not support yet."""
         if self.sharding is not None:
             raise ValueError(f"{call}: not on a pool over a mesh so far, which has a pool a device")
 
     def refuse_gpus(self, call: str, why: str) -> None:
-        """Raises a ValueError for calls that a pool over several GPUs does not have so far."""
+        """Raises a ValueError for a call that pools over several GPUs do not support yet."""
         if self.sharding is not None and self.mirrored:
             raise ValueError(f"{call}: not on a pool over several GPUs so far: {why}")
 
     def decision(self) -> Any:
-        """An empty decision, for a call of the pool to fill."""
+        """Makes an empty decision, to be filled by a call of the pool."""
         return _native.Decision()
 
     def swapped(self, store: Any) -> Any:
-        """What `swap_out` fills with a sequence, for a compiled store."""
+        """Makes an empty swapped sequence for a compiled store, to be filled by `swap_out`."""
         return _native.Swapped(store)
 
     def call(self, function: Any, *args: Any) -> Any:
         """Calls into C++; a failed status becomes an exception.
 
         Raises:
-            ValueError: also for an integer that C++ has no room for.
+            ValueError: also for an integer that is too large for C++.
         """
         try:
             return function(*args)
@@ -164,7 +165,7 @@ class NativePool:
             found = _SIGNATURE.match(str(error))
             if found is None or found[1] == "__init__":
                 raise
-            # What queues edits for a verb is called with the verb's name.
+            # Functions that serve several verbs get the verb's name as an argument.
             name = next((arg for arg in args if isinstance(arg, str)), found[1])
             raise ValueError(
                 f"{name}: {_numbers(args)}wanted integers: slots are "
@@ -177,34 +178,34 @@ class NativePool:
 
     @property
     def mirrored(self) -> bool:
-        """Whether programs run on a GPU, apart from the host's table."""
+        """Whether programs run on a GPU and read a mirror of the host's tables."""
         return self.place.backend == "cuda"
 
     def raise_fault(self) -> None:
-        """Raises the pending device fault, if any. On one CPU device JAX raises what a program
-        fails with."""
+        """Raises the pending device fault, if any. On one CPU device there is none: JAX itself
+        raises the errors of programs."""
         if self.mirrored and not self.pool.closed:
             self.warn()
             self.call(self.pool.take_fault)
 
     def warn_untold(self) -> None:
-        """Warns of what programs have failed with that neither they nor a call have raised."""
+        """Warns about errors of programs that nothing has raised yet."""
 
     def warn(self) -> None:
-        """Warns, once, of what programs on this device do wrong without failing."""
+        """Warns, once, about misuse by programs on this device that is not an error."""
         if text := self.pool.take_warning():
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def failed_claim(
         self, op: str, claim: _native.Claim, held: Sequence[int] = (), failed: Sequence[int] = ()
     ) -> Exception:
-        """The exception for a claim that failed; for one that could not be met, with numbers.
+        """The exception for a failed claim; with numbers if slots or blocks were lacking.
 
         Args:
             op: the call's name.
-            claim: not ok.
-            held: released slots that views keep from draining, if nothing else drains.
-            failed: released slots whose release program failed, likewise.
+            claim: the failed claim.
+            held: released slots that views keep from draining, if nothing else is draining.
+            failed: released slots whose release program failed, if nothing else is draining.
         """
         if claim.code is not Code.RESOURCE_EXHAUSTED:
             return exception(claim.code, claim.reason, claim.message)
@@ -215,7 +216,7 @@ class NativePool:
             "reclaimable": claim.reclaimable,
         }
         wait = " or wait for those that drain (acquire(..., wait=True))" if claim.draining else ""
-        if held or failed:  # waiting would not end
+        if held or failed:  # waiting would never end
             wait = ""
         if held:
             wait += (
@@ -237,7 +238,7 @@ class NativePool:
         live = [row for row in self.call(self.pool.rows) if not row.draining]
         largest = max(live, key=lambda row: row.blocks, default=None)
         hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
-        # Where the system has no memory, more capacity would not help.
+        # If the system has no memory left, more capacity would not help.
         more = claim.reason is Reason.OUT_OF_BLOCKS
         resize = "take more memory" if more else "make the pool smaller"
         message = (
@@ -247,7 +248,7 @@ class NativePool:
         return OutOfBlocks(self._explained(claim.reason, message), **numbers)
 
     def _explained(self, reason: Reason, message: str) -> str:
-        """The message, with JAX's share of the card where the card is full."""
+        """Adds the share of JAX's allocator to the message if the GPU's memory is full."""
         if self.place.backend == "cuda" and reason is Reason.OUT_OF_DEVICE_MEMORY:
             return f"{message}. {memory_hint(self.device)}"
         return message

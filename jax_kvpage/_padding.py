@@ -1,8 +1,8 @@
-"""Padded batches: rows of T tokens for each sequence, and the same tokens as a ragged batch.
+"""Converts padded batches, with a row of T tokens for each sequence, to ragged batches.
 
-The activations [S, T, ...] of a padded batch are S * T tokens in one axis. Padding between the new
-tokens of two sequences belongs to a sequence with slot -1, so ops need neither copies nor programs
-and kernels that know of padding.
+The activations [S, T, ...] of a padded batch are treated as S * T tokens on one axis. The padding
+between the new tokens of two sequences belongs to an extra sequence with slot -1, so ops need no
+copies, and kernels need not know about padding.
 """
 
 import functools
@@ -29,26 +29,26 @@ __all__ = [
 
 _MAX_INT32 = 2**31 - 1
 
-# Each function is one program when called eagerly: then no scalar has to be moved to the device,
-# which transfer guards would see.
+# Each function is jitted, so that an eager call does not transfer scalars to the device, which
+# transfer guards would refuse.
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def with_padding(
     slots: jax.Array, offsets: jax.Array, starts: jax.Array, tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The ragged batch over S * T tokens that a padded batch is.
+    """Converts a padded batch to a ragged batch over S * T tokens.
 
     Args:
         slots: int32[S].
-        offsets: int32[S+1]; only their differences matter.
-        starts: int32[S].
+        offsets: int32[S+1], from 0; their differences are the numbers of new tokens.
+        starts: int32[S], where the tokens of each sequence begin in its row.
         tokens: T.
 
     Returns:
-        slots int32[2 * S] and offsets int32[2 * S + 1]; before each sequence one with slot -1 owns
-        the padding. The first offset is -1, which every op refuses when it runs, if the operands
-        are malformed or a sequence leaves its row.
+        slots int32[2 * S] and offsets int32[2 * S + 1]; each sequence is preceded by one with slot
+        -1 that owns the padding. If the operands are malformed or a sequence does not fit in its
+        row, the first offset is -1, which every op refuses at run time.
     """
     size = slots.shape[0]
     ends = starts + jnp.diff(offsets)
@@ -63,7 +63,7 @@ def with_padding(
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def last_rows(starts: jax.Array, offsets: jax.Array, tokens: int) -> jax.Array:
-    """int32[S], the row among S * T of each sequence's last new token; 0 where there are none."""
+    """int32[S], the row among S * T of each sequence's last new token; 0 if it has none."""
     counts = jnp.diff(offsets)
     rows = tokens * jnp.arange(starts.shape[0], dtype=jnp.int32)
     return jnp.where(counts > 0, rows + starts + counts - 1, 0)
@@ -72,16 +72,16 @@ def last_rows(starts: jax.Array, offsets: jax.Array, tokens: int) -> jax.Array:
 def last_rows_of_parts(
     starts: jax.Array | None, offsets: jax.Array, tokens: int | None, parts: int
 ) -> jax.Array:
-    """int32[S], as above, of a batch with a part for each replica.
+    """Like `last_rows`, for a batch with a part for each replica.
 
     Args:
-        starts: int32[S] of a padded batch; None: the tokens of each part are packed.
-        offsets: int32[S + parts], those of each part.
-        tokens: T of a row, or of a part.
-        parts: how many there are.
+        starts: int32[S] for a padded batch; None if the tokens of each part are packed.
+        offsets: int32[S + parts], the offsets of all parts, one part after the other.
+        tokens: T of each row, or of each part if the tokens are packed.
+        parts: number of parts.
 
     Raises:
-        ValueError: packed tokens, and nobody says how many a part has.
+        ValueError: `tokens` is None.
     """
     if tokens is None:
         raise ValueError(
@@ -98,28 +98,28 @@ def last_rows_of_parts(
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def left_starts(counts: jax.Array, tokens: int) -> jax.Array:
-    """Where tokens begin that are padded on the left."""
+    """Where the tokens of each row begin if the padding is on the left."""
     return (tokens - counts).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, inline=True)
 def right_starts(counts: jax.Array) -> jax.Array:
-    """Where tokens begin that are padded on the right."""
+    """Where the tokens of each row begin if the padding is on the right."""
     return jnp.zeros_like(counts, jnp.int32)
 
 
 @functools.partial(jax.jit, inline=True)
 def runs(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the tokens of each row of a mask begin, and offsets.
+    """Where the tokens of each row of a mask begin, and the offsets.
 
     Args:
         mask: bool[S, T].
 
     Returns:
-        starts int32[S] and offsets int32[S+1], which begin at -1 if a row has a gap.
+        starts int32[S] and offsets int32[S+1]; the first offset is -1 if a row has a gap, else 0.
     """
     counts = mask.sum(axis=1, dtype=jnp.int32)
-    # The first of equal values; a column of padding, because an empty row has no first.
+    # argmax returns the first maximum; a column is added for rows without columns (T = 0).
     starts = jnp.argmax(jnp.pad(mask, ((0, 0), (0, 1))), axis=1).astype(jnp.int32)
     begins = mask & jnp.pad(~mask, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
     gaps = jnp.any(begins.sum(axis=1) > 1)
@@ -133,7 +133,7 @@ def _as_bools(mask: jax.Array) -> jax.Array:
 
 
 def as_mask(name: str, mask: Any, sequences: int) -> jax.Array:
-    """A mask bool[S, T]; one that is known to the host is checked for gaps.
+    """Converts a mask to bool[S, T]; if the host knows its values, checks it for gaps.
 
     Args:
         name: what to call it in an error.
@@ -167,7 +167,7 @@ def as_mask(name: str, mask: Any, sequences: int) -> jax.Array:
 
 
 def too_many_rows(sequences: Sequence[int], tokens: int) -> list[str]:
-    """The mistake of a batch whose rows of tokens int32 cannot count, if any."""
+    """An error message if a batch has more rows of tokens than int32 can count, else nothing."""
     rows = math.prod(sequences) * tokens
     if rows <= _MAX_INT32:
         return []

@@ -1,6 +1,6 @@
-"""Host verbs: the host's decision, the program queued for it, and its undo, once for all verbs.
+"""Host verbs: the host decides, queues a program, and undoes the decision if that fails.
 
-A verb such as `acquire` decides in C++ and at once; the cache value follows when the queued program
+A verb such as `acquire` decides in C++ immediately; the cache value follows when the queued program
 has run. All verbs queue the same op, `edit_slots`, each with its own list of edits and copies.
 """
 
@@ -24,17 +24,17 @@ from jax_kvpage.ops.edit_slots import VACATE, edit_slots
 
 __all__ = ["WAIT_SLICE", "Queue"]
 
-# A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
+# Seconds between checks while waiting, for Ctrl-C and for programs that failed.
 WAIT_SLICE = 0.1
 
 
 @functools.cache
 def _program(verb: str, marked: bool) -> Any:
-    """The compiled program of a verb; `marked` adds an array that tells when it has run."""
+    """The compiled program of a verb; `marked` adds a result that shows when it has run."""
 
     def run(cache: KVCache, own: jax.Array, edits: jax.Array, copies: jax.Array) -> Any:
         cache = edit_slots(cache, own, edits, copies, verb)
-        # Not the epoch itself: the cache may be donated on.
+        # Not the epoch itself, because the cache may be donated to the next program.
         return cache, cache.epoch + jnp.uint32(0) if marked else None
 
     return jax.jit(run)
@@ -42,12 +42,12 @@ def _program(verb: str, marked: bool) -> Any:
 
 @functools.cache
 def _marker() -> Any:
-    """A program of no meaning, to wait for."""
+    """A trivial program to wait for."""
     return jax.jit(lambda x: x + 1)
 
 
 class PrefixRequest(NamedTuple):
-    """Arguments of `acquire_prefix`, in the order of the compiled call."""
+    """Arguments of `acquire_prefix`, in the order of the compiled function."""
 
     ids: list[np.ndarray]
     num_tokens: list[int]
@@ -61,26 +61,26 @@ class Queue:
     """The programs that `KVPool` queues on its device.
 
     Attributes:
-        waits: claims that waited for slots to drain.
+        waits: the number of claims that waited for slots to drain.
     """
 
     def __init__(self, native: NativePool) -> None:
         self._native = native
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
         self._no_copies = self.put(edit_rows([], 4))
-        # Of each slot that was released: an array that its release program makes.
+        # For each released slot, an array that its release program computes.
         self._releases: dict[int, jax.Array] = {}
         self.waits = 0
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """The array on the pool's device."""
+        """Copies an array to the pool's device."""
         return jax.device_put(array, self._native.placement)
 
     def first_cache(self, generation: Any) -> KVCache:
         """The first cache of a generation.
 
         Args:
-            generation: what `new_generation` of the native pool returned.
+            generation: the result of `new_generation` of the native pool.
         """
         number, epoch, lengths = generation
         return KVCache(
@@ -91,13 +91,13 @@ class Queue:
         )
 
     def check_cache(self, op: str, cache: KVCache) -> None:
-        """Raises a ValueError unless a host call can go on from this cache."""
+        """Raises a ValueError unless a host call can use this cache."""
         check_newest(op, cache, self._native)
-        # Here and not when the edits are queued: by then the pool has decided.
+        # Must happen before the pool decides, so not when the edits are queued.
         self._check_arrays(op, cache)
 
     def _check_arrays(self, op: str, cache: KVCache) -> None:
-        """Raises a ValueError for arrays of another shape or in another place."""
+        """Raises a ValueError for arrays of another shape or on another device."""
         shapes = ((2,), (1,), (cache.spec.max_slots,))
         for name, array, shape in zip(FIELDS, arrays_of(cache), shapes, strict=True):
             check_array(op, name, array, shape)
@@ -108,11 +108,11 @@ class Queue:
 
         Args:
             op: the call's name.
-            attempt: asks once, all or nothing.
+            attempt: tries once to claim everything; all or nothing.
             wait: whether to wait for released slots to drain and try again.
 
         Returns:
-            The claim, met.
+            The successful claim.
         """
         waited = False
         while True:
@@ -129,7 +129,7 @@ class Queue:
             self._native.call(self._native.pool.wait_for_drain, WAIT_SLICE)
 
     def _check_drains(self, op: str, claim: _native.Claim) -> None:
-        """Raises if none of the draining slots can come free while the caller waits."""
+        """Raises if no draining slot can become free while the caller waits."""
         if self._native.pool.swap_writes() > 0:
             return
         done = {slot: marker for slot, marker in self._releases.items() if is_ready(marker)}
@@ -138,7 +138,7 @@ class Queue:
             if not row.draining:
                 continue
             marker = done.get(row.slot)
-            # The same marker as before the rows were made: the slot was not released again since.
+            # If the marker is unchanged, the slot was not released again before the rows were read.
             ran = marker is not None and self._releases.get(row.slot) is marker
             if row.views:
                 held.append(row.slot)
@@ -147,17 +147,17 @@ class Queue:
             else:
                 return
         for slot in failed:
-            wait_for(done[slot])  # raises what its program failed with, on CPU
+            wait_for(done[slot])  # raises the error of its program, on CPU
         if held or failed:
             raise self._native.failed_claim(op, claim, held, failed)
 
-    # A signal handler may raise when a call returns, also one that has changed the pool. It cannot
+    # A signal handler may raise after any call, including one that has changed the pool. It cannot
     # raise between the end of `acquire` or `release` and the caller, where nothing is called.
 
     def acquire(
         self, cache: KVCache, num_tokens: list[int], wait: bool, handover: bool = False
     ) -> tuple[list[int], KVCache]:
-        """Occupies a slot for each entry; all or none, and none if anything raises."""
+        """Occupies a slot for each entry; all or none. Undone if anything raises."""
         if handover:
             self._native.refuse_mesh("acquire: handover")
         decision, pool = self._native.decision(), self._native.pool
@@ -172,7 +172,7 @@ class Queue:
             raise
 
     def release(self, cache: KVCache, slots: Sequence[int]) -> KVCache:
-        """Vacates slots; none if anything raises before the program is queued."""
+        """Vacates slots. Undone if anything raises before the program is queued."""
         decision = self._native.decision()
         try:
             for slot in slots:
@@ -192,9 +192,9 @@ class Queue:
         released: Sequence[int],
         arrange: Callable[[list[int]], list[int]] = list,
     ) -> tuple[list[int], KVCache]:
-        """Forks (donor, tokens) and vacates slots; all or none, and none if anything raises.
+        """Forks (donor, tokens) and vacates slots; all or none. Undone if anything raises.
 
-        `arrange` makes the call's result of the new slots.
+        `arrange` turns the new slots into the call's result.
         """
         decision = self._native.decision()
         try:
@@ -211,7 +211,7 @@ class Queue:
             raise
 
     def acquire_prefix(self, cache: KVCache, request: PrefixRequest) -> tuple[Any, KVCache]:
-        """Occupies slots with what is found of each request; all or none, none if anything raises.
+        """Occupies slots with the cached prefix of each request; all or none. Undone on errors.
 
         Returns:
             The claim (slots, tokens, leaders) and the next cache.
@@ -228,7 +228,7 @@ class Queue:
             raise
 
     def truncate(self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]) -> KVCache:
-        """Cuts slots back; all or none, and none if anything raises."""
+        """Truncates slots; all or none. Undone if anything raises."""
         decision = self._native.decision()
         try:
             attempt = functools.partial(self._native.pool.truncate, decision, slots, num_tokens)
@@ -245,14 +245,14 @@ class Queue:
         num_tokens: Sequence[int],
         stamp: tuple[int, int],
     ) -> KVCache:
-        """Drops the beginnings of slots; all or none, and none if anything raises. On CUDA what is
-        dropped by then stays dropped.
+        """Drops the beginnings of slots; all or none. Undone if anything raises, except that on
+        CUDA what has been unmapped stays dropped.
 
         Args:
             cache: the newest cache, checked.
             slots: occupied slots.
-            num_tokens: of each, the first token that stays.
-            stamp: on CUDA the cache's generation and epoch, which are checked before anything is
+            num_tokens: for each slot, the first token to keep.
+            stamp: on CUDA, the cache's generation and epoch, which are checked before anything is
                 unmapped.
 
         Returns:
@@ -267,11 +267,11 @@ class Queue:
             raise
 
     def forget_release(self, slot: int) -> None:
-        """A slot is about to be released: a marker in `_releases` belongs to its latest release."""
+        """Drops a slot's old marker: `_releases` has only the marker of its latest release."""
         self._releases.pop(slot, None)
 
     def released(self, slot: int) -> jax.Array | None:
-        """What the program makes that releases a slot, once it has run or failed; else None."""
+        """The marker of the program that releases a slot if it has run or failed, else None."""
         marker = self._releases.get(slot)
         return marker if marker is not None and is_ready(marker) else None
 
@@ -282,13 +282,13 @@ class Queue:
         edits: Sequence[tuple[int, int, int, int]],
         copies: Sequence[tuple[int, int, int, int]] = (),
     ) -> KVCache:
-        """Queues a decision of the host's as a program.
+        """Queues the program for a decision of the host.
 
         Args:
             verb: name of the call.
             cache: the newest cache, checked.
-            edits: (opcode, slot, length, donor) of each slot that the host has decided about. The
-                caller undoes the decision when this raises.
+            edits: (opcode, slot, length, donor) for each slot of the decision. The caller undoes
+                the decision if this raises.
             copies: (source, target, first token, number of tokens).
 
         Returns:
@@ -305,16 +305,16 @@ class Queue:
         return cache
 
     def _rows(self, edits: Sequence[Any], copies: Sequence[Any]) -> tuple[Any, Any]:
-        """What the program of a decision is called with."""
+        """The arguments of a decision's program."""
         return edit_rows(edits, 4), edit_rows(copies, 4) if copies else self._no_copies
 
     def call(self, program: Any, cache: KVCache, *arrays: Any) -> Any:
         """Calls a program of (cache, handle of this pool, *arrays) on the pool's device."""
         try:
-            # NumPy arrays stay such: jit moves them to the device faster than device_put does.
+            # Pass NumPy arrays as they are: jit copies them to the device faster than device_put.
             if guards_transfers():
                 arrays = tuple(map(self.put, arrays))
-            with no_mesh():  # a mesh that the caller has set must not spread this over devices
+            with no_mesh():  # a mesh set by the caller must not spread this over devices
                 return program(cache, self._own, *arrays)
         except Exception as error:
             short = shortened(error)
@@ -323,26 +323,26 @@ class Queue:
             raise
 
     def _marks(self, edits: Sequence[tuple[int, int, int, int]]) -> bool:
-        """Whether to keep a marker of a program that releases nothing."""
+        """Whether to keep a marker for a program that releases nothing."""
         del edits
         return False
 
     def _note(self, marker: jax.Array) -> None:
-        """Hears of the marker of a program that was queued."""
+        """Called with the marker of a queued program."""
 
     def quiesce(self) -> None:
-        """Waits for running programs that must not be refused half-way. Here there are none."""
+        """Waits for running programs that must not be refused half-way; here there are none."""
 
     def restart(self) -> None:
         """Forgets programs of older generations."""
         self._releases.clear()
 
     def wait_for(self, cache: KVCache) -> None:
-        """Waits for the program that makes a cache; raises what it failed with."""
+        """Waits for the program that returned a cache; raises its error."""
         wait_for((cache.epoch, cache.lengths))
 
     def settle(self) -> None:
-        """Waits until the programs that are queued on the device have run."""
+        """Waits until all programs queued on the device have run."""
         if is_tracing():
             return
         with no_mesh():

@@ -40,7 +40,7 @@ _COLUMNS = ("file", "size", "used", "state", "tokens", "namespace", "fingerprint
 
 
 def _report(files: Sequence[StoredFile]) -> int:
-    """Prints the files; returns how many are of no use."""
+    """Prints the files; returns how many are unusable."""
     rows = [_COLUMNS, *map(_row, files)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -53,10 +53,10 @@ def _report(files: Sequence[StoredFile]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Does what the command line asks for.
+    """Runs the command.
 
     Returns:
-        The exit status: 1 if a file is of no use or the directory cannot be read.
+        The exit status: 1 if a file is unusable or the directory cannot be read.
     """
     parser = argparse.ArgumentParser(
         "python -m jax_kvpage store",

@@ -1,4 +1,4 @@
-"""The version of this package, as it was installed."""
+"""The installed version of this package."""
 
 import importlib.metadata
 
@@ -6,5 +6,5 @@ __all__ = ["VERSION"]
 
 try:
     VERSION = importlib.metadata.version("jax_kvpage")
-except importlib.metadata.PackageNotFoundError:  # a build folder on the path
+except importlib.metadata.PackageNotFoundError:  # imported from a build folder
     VERSION = "0+uninstalled"

@@ -1,8 +1,8 @@
 """KVCache and Batch: the two small pytrees that programs carry.
 
 Neither holds any K or V. A `KVCache` names a pool and the state of its slots; a `Batch` says which
-slots the new tokens of one step belong to. Both are plain registered dataclasses, so that they pass
-through jit, scan, while, cond and donation like any other value.
+slots the new tokens of one step belong to. Both are registered dataclasses and pass through jit,
+scan, while, cond and donation like any other pytree.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ def _is_host(values: Any) -> bool:
     return isinstance(values, np.ndarray)
 
 
-# Eager calls of these are one program each: then no scalar has to be moved to the device, which
-# transfer guards would see.
+# These are jitted so that an eager call does not transfer scalars to the device, which transfer
+# guards would refuse.
 @functools.partial(jax.jit, inline=True)
 def _offsets(counts: jax.Array) -> jax.Array:
-    # Padding in front and not a concatenation: an array of zeros would lie elsewhere.
+    # Not a concatenation with zeros: that array would be on another device.
     return jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
 
 
@@ -75,13 +75,13 @@ class KVCache:
 
     Attributes:
         handle: int32[2], the pool's id and generation.
-        epoch: uint32[1], bumped by every op that changes the cache; the thread of data dependence
-            that keeps reads and writes in order.
+        epoch: uint32[1], incremented by every op that changes the cache; the data dependence that
+            keeps reads and writes in order.
         lengths: int32[max_slots], tokens already in each slot; -1 marks a free slot.
-            In a cache over a mesh each array has one part after the other for all devices, and
-            `jax.shard_map` with in_specs `PartitionSpec(axis)` gives each device its own.
+            Over a mesh, each of these arrays is the concatenation of one part for each device, and
+            `jax.shard_map` with in_specs `PartitionSpec(axis)` gives each device its part.
         spec: the resolved spec, static.
-        sharding: how heads or sequences are split over a mesh, static; None: the pool lives on one
+        sharding: how heads or sequences are split over a mesh, static; None if the pool is on one
             device.
     """
 
@@ -97,27 +97,28 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One ragged batch of new tokens: sequence s owns tokens query_offsets[s]:query_offsets[s+1].
+    """A ragged batch of new tokens: sequence s owns tokens query_offsets[s]:query_offsets[s+1].
 
     The token axis of q, k and v has a static length T; tokens from query_offsets[-1] on are
-    padding. Sequences with slot -1 are padding too: nothing is written for them, their output is 0.
+    padding. Sequences with slot -1 are padding too: nothing is written for them, and their output
+    is 0.
 
-    T is the leading dimension of q, so a batch need not say it. When it does (`num_tokens`), ops
-    check it against q, and `positions` can do without being told. It is never guessed: under jit
-    the offsets are not known while shapes are being worked out.
+    T is the leading dimension of q, so a batch need not contain it. If it does (`num_tokens`), ops
+    check it against q, and `positions` need not be given it. It is never inferred from the offsets,
+    which are not known while jit traces.
 
     A padded batch (`Batch.padded`, `Batch.from_mask`) is for models whose activations are
     [S, T, heads, dim], a row of T tokens for each sequence: append_kv, paged_attention and
     update_and_attend take and return such arrays, positions is int32[S, T], and query_offsets only
-    counts the new tokens of each sequence. Padding inside of a row is neither written nor attended
-    to, and its output is 0.
+    counts the new tokens of each sequence. Padding in a row is neither written nor attended to, and
+    its output is 0.
 
     Attributes:
         slots: int32[S], slot of each sequence, or -1.
-        query_offsets: int32[S+1], rising from 0.
-        num_tokens: T, static, or None when the batch does not say.
-        starts: int32[S], where the new tokens of each sequence begin on the axis T of a padded
-            batch; None when the tokens are packed.
+        query_offsets: int32[S+1], non-decreasing from 0.
+        num_tokens: T, static, or None if not given.
+        starts: int32[S], where the new tokens of each sequence begin on axis T of a padded batch;
+            None if the tokens are packed.
     """
 
     slots: jax.Array
@@ -128,10 +129,10 @@ class Batch:
     starts: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Takes host integers as well as arrays."""
+        """Converts host integers to arrays."""
         for name in ("slots", "query_offsets", "starts"):
             value = getattr(self, name)
-            # Tree functions rebuild batches with anything in these places: leave that alone.
+            # Tree functions put arbitrary objects in these fields: leave those alone.
             if type(value) in (list, tuple, range, np.ndarray):
                 object.__setattr__(self, name, as_int32(f"Batch.{name}", value))
         if self.num_tokens is not None:
@@ -142,13 +143,13 @@ class Batch:
 
     @classmethod
     def decode(cls, slots: jax.Array | Sequence[int]) -> "Batch":
-        """A decode step: one new token for each slot, T == S.
+        """A batch for a decode step: one new token for each slot, T == S.
 
         Args:
             slots: int32[S], or a list of ints; -1 is padding.
 
         Raises:
-            ValueError: slots that are no integers, or not one-dimensional.
+            ValueError: slots that are not integers, or not one-dimensional.
         """
         slots = _one_axis("Batch.decode: slots", as_int32("Batch.decode: slots", slots))
         offsets = to_device(np.arange(slots.shape[0] + 1, dtype=np.int32))
@@ -162,17 +163,17 @@ class Batch:
         *,
         num_tokens: int | None = None,
     ) -> "Batch":
-        """A batch whose sequence s brings lengths[s] new tokens, packed one after the other.
+        """A batch in which sequence s has lengths[s] new tokens, all packed without padding.
 
         Args:
             slots: int32[S], or a list of ints; -1 is padding.
             lengths: int32[S], or a list of ints, none negative.
-            num_tokens: T, the length of the token axis, at least the sum of lengths. It can be left
-                out when lengths are host integers: then T is their sum.
+            num_tokens: T, the length of the token axis, at least the sum of lengths. If it is None
+                and lengths are host integers, T is their sum.
 
         Raises:
-            ValueError: lengths that are no integers; host lengths that are negative, that do not
-                match slots, or whose sum is more than num_tokens.
+            ValueError: lengths that are not integers or do not match slots; host lengths that are
+                negative or whose sum is more than num_tokens.
         """
         slots = as_int32("Batch.from_lengths: slots", slots)
         counts = as_host_array("Batch.from_lengths: lengths", lengths)
@@ -212,11 +213,11 @@ class Batch:
             lengths: int32[S], or a list of ints: new tokens of each sequence, from 0 to T. Traced
                 lengths are checked when the program runs.
             num_tokens: T, the length of a row.
-            side: where the padding is: "left" (the last token of each sequence is the last of its
-                row, as in Hugging Face's generation) or "right".
+            side: where the padding is: "left" (each row ends with the last token of its sequence,
+                as in Hugging Face's generation) or "right".
 
         Raises:
-            ValueError: another side; lengths that are no integers or do not match slots; host
+            ValueError: another side; lengths that are not integers or do not match slots; host
                 lengths that are negative or more than num_tokens.
         """
         op = "Batch.padded"
@@ -242,19 +243,19 @@ class Batch:
 
     @classmethod
     def from_mask(cls, slots: jax.Array | Sequence[int], mask: Any) -> "Batch":
-        """A padded batch whose new tokens are where a mask says, on either side of each row.
+        """A padded batch whose new tokens are where a mask is set.
 
-        It is the mask of the new tokens alone: one that also covers tokens in the cache, such as
+        The mask covers the new tokens only: one that also covers tokens in the cache, such as
         Hugging Face's attention_mask after the first step, must be cut to its last T columns.
 
         Args:
             slots: int32[S], or a list of ints; -1 is padding.
             mask: [S, T], bool or integers 0 and 1, an array or nested lists. The tokens of a row
-                are one run without gaps, which may be empty.
+                must be contiguous; a row may be empty.
 
         Raises:
-            ValueError: another shape or dtype; a mask known to the host with a gap in a row. A
-                traced mask with a gap makes the ops fail when they run, as malformed query_offsets.
+            ValueError: another shape or dtype; a gap in a row of a mask that the host knows. With a
+                traced mask, a gap makes the ops fail at run time, like malformed query_offsets.
         """
         op = "Batch.from_mask"
         slots = _one_axis(f"{op}: slots", as_int32(f"{op}: slots", slots))
@@ -267,13 +268,13 @@ class Batch:
     def last_rows(self) -> jax.Array:
         """int32[S], the row of each sequence's last new token: `logits[batch.last_rows]`.
 
-        0 for a sequence without new tokens, so that every row exists where there are any tokens. A
-        sequence that is masked keeps its row: whether it takes part is in `slots`. For a padded
-        batch these are rows of the activations as [S * T, ...]:
+        0 for a sequence without new tokens, so that the index is always valid if there are any
+        tokens. A masked sequence keeps its row; `slots` tells which sequences are active. For a
+        padded batch these are rows of the activations as [S * T, ...]:
         `logits.reshape(-1, vocabulary)[batch.last_rows]`.
 
         Raises:
-            ValueError: arrays that are no integers, or not one-dimensional.
+            ValueError: query_offsets that are not integers, or not one-dimensional.
         """
         name = "Batch.last_rows: query_offsets"
         offsets = gathered(_one_axis(name, as_int32(name, self.query_offsets)))
@@ -288,7 +289,7 @@ class Batch:
     def mask(self, keep: jax.Array) -> "Batch":
         """The same batch with only some of its sequences active; the others become padding.
 
-        Shapes stay, so this is how a compiled program leaves out sequences that have stopped or
+        Shapes do not change, so a compiled program can leave out sequences that have stopped or
         that could not get memory: `batch.mask(active & ok)`.
 
         Args:

@@ -1,13 +1,13 @@
-"""What can go wrong on the host side of a pool, as exceptions that carry their numbers.
+"""Exceptions of host calls, with numbers as attributes.
 
-On CPU, JAX reports errors inside programs: an op that fails at run time (a stale
-cache, a position that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are
-waited for; a program so small that JAX runs it while dispatching it raises ValueError there, with
-the same text. On CUDA nothing may wait for a kernel to fail, so JAX never hears of it: the op's
-results are NaN, and `KVPool.check` or the next call that changes the pool raises `DeviceFault`,
-which is a `jax.errors.JaxRuntimeError` too. The same holds for CPU devices that share a pool
-(`KVPool(..., mesh=mesh)` with `axis` or `data_axis`): a device that left its program would leave
-the others in the next sum.
+On CPU, JAX reports the errors of programs: an op that fails at run time (a stale cache, a position
+that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are waited for; a program
+so small that JAX runs it during dispatch raises ValueError there, with the same text. On CUDA,
+kernels run asynchronously and cannot report errors to JAX: the op's results are NaN, and
+`KVPool.check` or the next call that changes the pool raises `DeviceFault`, which is also a
+`jax.errors.JaxRuntimeError`. The same holds for CPU devices that share a pool
+(`KVPool(..., mesh=mesh)` with `axis` or `data_axis`): if one device aborted its program, the others
+would hang in the next collective.
 """
 
 import re
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 
-# XLA adds it for every program that was dispatched with the failed one's results.
+# XLA prepends this for every program that was dispatched with the results of a failed one.
 _REPEATED = re.compile(r"(Error dispatching computation: )\1+")
 
 
 def shortened(error: BaseException) -> BaseException:
-    """An error that JAX raised, without the repeated prefixes of its text."""
+    """Removes repeated prefixes from the text of an error that JAX raised."""
     text = str(error)
     short = _REPEATED.sub(r"\1", text)
     if short == text:
@@ -40,7 +40,7 @@ def shortened(error: BaseException) -> BaseException:
 
 
 def wait_for(value: Any) -> None:
-    """Waits for arrays; raises what the programs that make them failed with."""
+    """Waits for arrays; raises the error of the programs that compute them."""
     try:
         jax.block_until_ready(value)
     except (RuntimeError, ValueError) as error:
@@ -48,28 +48,28 @@ def wait_for(value: Any) -> None:
 
 
 class KVPageError(RuntimeError):
-    """Base class of the errors that only this package raises."""
+    """Base class of this package's errors."""
 
 
 class PoolClosed(KVPageError):
-    """A host call on a pool that was closed, or that the parent of this process owns."""
+    """A host call on a pool that is closed or belongs to a parent process."""
 
 
 class DeviceFault(KVPageError, jax.errors.JaxRuntimeError):
-    """An op of an earlier program found on the device that it must not run, and left NaN behind.
+    """An op of an earlier program could not run on the device and returned NaN.
 
-    The text is what the op would have failed with on one CPU device. On CUDA it is raised once,
-    over a mesh by every call until then: `KVPool.cache` starts a new generation after it.
+    The text is the error that the op would raise on one CPU device. On CUDA it is raised once; over
+    a mesh, every call raises it until `KVPool.cache` starts a new generation.
     """
 
 
 class OutOfBlocks(KVPageError):
-    """A request wants more physical blocks than the pool can give now. Nothing was changed.
+    """A request needs more physical blocks than the pool has now. Nothing was changed.
 
     Attributes:
         wanted: blocks that the request needs beyond what it has.
         free: blocks without an owner.
-        draining: blocks of released slots that a program in flight may still touch; they become
+        draining: blocks of released slots that a program in flight may still access; they become
             available when those programs have run (`acquire(..., wait=True)` waits for them).
         reclaimable: parked blocks that could have been taken from released slots.
     """
@@ -83,7 +83,7 @@ class OutOfBlocks(KVPageError):
         draining: int = 0,
         reclaimable: int = 0,
     ) -> None:
-        """Takes the whole message: whoever raises knows what would help."""
+        """Takes the complete message: the caller knows what would help."""
         super().__init__(message)
         self.wanted = wanted
         self.free = free

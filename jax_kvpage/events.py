@@ -1,8 +1,8 @@
 """KV events: what the prefix cache of a pool stored and removed (`KVPool.events`).
 
-Routers and indexers that keep a copy of the index read these. The events have the names, fields and
-meaning of vLLM's, and `encode` writes them as vLLM's publisher does, so that programs which read
-vLLM's events read these too.
+Routers and indexers that keep a copy of the index consume these. The events have the names, fields
+and meaning of vLLM's, and `encode` writes them like vLLM's publisher, so that consumers of vLLM's
+events can read them.
 """
 
 import time
@@ -17,16 +17,17 @@ __all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "Event", "Form", "
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
-    """Blocks that can be found from now on, each the continuation of the one before.
+    """Blocks that can be found from now on; each one continues the one before.
 
     Attributes:
-        block_hashes: the blocks' names. A hash stands for a block together with all tokens before
-            it and its namespace; it is the same in all processes.
-        parent_block_hash: the block before the first one, stored earlier; None: a sequence begins.
-        token_ids: ids of all blocks' tokens, `block_size` for each.
-        block_size: tokens of a block.
+        block_hashes: the hash of each block, over its namespace, its tokens and all tokens before
+            it; the same in all processes.
+        parent_block_hash: the hash of the block before the first one, stored earlier; None at the
+            beginning of a sequence.
+        token_ids: the token ids of all blocks, `block_size` for each.
+        block_size: tokens in a block.
         medium: where the blocks are, "CPU" or "GPU".
-        namespace: as it was given to `acquire_prefix`.
+        namespace: the namespace passed to `acquire_prefix`.
     """
 
     block_hashes: tuple[int, ...]
@@ -39,11 +40,11 @@ class BlockStored:
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """Blocks that cannot be found any more; blocks that continue others go before these.
+    """Blocks that can no longer be found; a block is removed before the one that it continues.
 
     Attributes:
-        block_hashes: the blocks' names.
-        medium: where they were.
+        block_hashes: the hash of each block.
+        medium: where they were, "CPU" or "GPU".
     """
 
     block_hashes: tuple[int, ...]
@@ -52,7 +53,7 @@ class BlockRemoved:
 
 @dataclass(frozen=True, slots=True)
 class AllBlocksCleared:
-    """Nothing of what was stored before can be found; what follows is stored from now on."""
+    """Discards all blocks of earlier events; the events that follow store the present ones."""
 
 
 Event = BlockStored | BlockRemoved | AllBlocksCleared
@@ -67,18 +68,18 @@ def encode(
     form: Form = "array",
     data_parallel_rank: int | None = None,
 ) -> bytes:
-    """Events in the form that vLLM publishes: an `EventBatch` in MessagePack.
+    """Encodes events like vLLM: as an `EventBatch` in MessagePack.
 
-    The batch is an array. An event is an array with its name first, as vLLM wrote it up to 0.23, or
-    a map with the name under "type", as vLLM 0.32 does. The fields of `BlockStored` are
-    block_hashes, parent_block_hash, token_ids, block_size, lora_id (always None), medium and
-    lora_name, which holds the namespace.
+    The batch is an array. An event is an array that begins with its name, as in vLLM up to 0.23, or
+    a map with the name under "type", as in vLLM 0.32. The fields of `BlockStored` are block_hashes,
+    parent_block_hash, token_ids, block_size, lora_id (always None), medium and lora_name, which
+    holds the namespace.
 
     Args:
-        events: what `KVPool.events` returned.
-        ts: when, in seconds of Unix time; None: now.
-        form: of an event, "array" or "map".
-        data_parallel_rank: which of several engines this is; None: not told.
+        events: the result of `KVPool.events`.
+        ts: Unix time in seconds; None: now.
+        form: encoding of an event, "array" or "map".
+        data_parallel_rank: the rank of this engine among several; None: omitted.
 
     Raises:
         ImportError: msgspec is not installed.
@@ -101,7 +102,7 @@ def encode(
 
 
 def _fields(event: Event) -> dict[str, Any]:
-    """An event's fields by vLLM's names, in order; those at vLLM's defaults are left out."""
+    """An event's fields under vLLM's names, in order; omits fields that keep vLLM's defaults."""
     name = type(event).__name__
     match event:
         case BlockStored():
@@ -123,7 +124,7 @@ def _fields(event: Event) -> dict[str, Any]:
 
 
 def of_native(record: _native.PrefixEvents, block_size: int, medium: str) -> list[Event]:
-    """The events of a pool; runs of blocks that continue each other become one event."""
+    """Converts a pool's events; consecutive blocks are merged into one event."""
     events: list[Event] = []
     rest = record.events
     begin = 0
@@ -136,7 +137,7 @@ def of_native(record: _native.PrefixEvents, block_size: int, medium: str) -> lis
         if first.kind == "stored":
             ids = tuple(token for event in run for token in event.tokens)
             space = record.spaces[first.space]
-            namespace = space[1:] if space else None  # as `acquire_prefix` names them
+            namespace = space[1:] if space else None  # the inverse of `namespace_key`
             events.append(
                 BlockStored(hashes, first.parent or None, ids, block_size, medium, namespace)
             )

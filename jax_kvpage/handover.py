@@ -1,7 +1,7 @@
-"""Host calls that hand a sequence over to another process of this machine.
+"""Host calls that hand a sequence over to another process on the same machine.
 
-One process prefills, another decodes: prefill/decode disaggregation, after DistServe (Zhong et al.,
-OSDI 2024) and Splitwise (Patel et al., ISCA 2024), here over shared memory instead of a network.
+One process prefills, another decodes: prefill/decode disaggregation, as in DistServe (Zhong et al.,
+OSDI 2024) and Splitwise (Patel et al., ISCA 2024), but over shared memory instead of a network.
 """
 
 import functools
@@ -30,24 +30,24 @@ __all__ = ["Handover", "HandoverCalls"]
 
 
 class HasFileno(Protocol):
-    """An open file, or something else with a descriptor."""
+    """An object with a file descriptor, such as an open file."""
 
     def fileno(self) -> int:
         """The descriptor."""
         ...
 
 
-# What stands for a file that is open.
+# An open file, or its descriptor.
 Descriptor = int | HasFileno
 
 
 class Handover(Closing):
-    """A sequence in memory of its own, to be sent to another process of this machine.
+    """A sequence in separate memory that can be sent to another process on the same machine.
 
     On CPU it is a file (a memfd) with the blocks of this sequence and a header with its token ids,
-    and nothing else. It is sealed: nobody can write, shrink or grow it any more. On a GPU the file
-    has the header, and each block comes as a shareable handle of the driver, a descriptor more. All
-    of them go through a Unix socket::
+    and nothing else. It is sealed: nobody can write, shrink or grow it any more. On a GPU, the file
+    has only the header, and each block is a shareable handle of the driver with a descriptor of its
+    own. The descriptors are sent through a Unix socket::
 
         with pool.export_blocks(slot, cache) as sent:
             sent.send(connection)
@@ -55,25 +55,27 @@ class Handover(Closing):
         with Handover.receive(connection) as received:
             slot, cache = pool.import_blocks(cache, received)
 
-    It is closed by `close`, at the end of a `with` block, or when it is collected. The memory goes
-    back to the system when no process has the descriptors or blocks of it any more. Until then it
-    is accounted (in cgroups, too) to the process that made it.
+    It is closed by `close`, at the end of a `with` block, or when it is garbage-collected. The
+    memory is freed when no process has its descriptors or blocks any more. Until then it is charged
+    (in cgroups, too) to the process that created it.
 
-    The driver of a GPU has no seals: who receives a handle could write the memory. Here programs
-    are kept from it, in the receiver and in the sender; hand over to processes that you trust.
+    The CUDA driver has no seals: whoever receives a handle could write to the memory. The ops of
+    this package never do, in the receiver or in the sender, but hand over only to processes that
+    you trust.
     """
 
     def __init__(self, descriptor: Descriptor | Sequence[Descriptor]) -> None:
-        """Checks and takes over what another process has sent.
+        """Checks and opens descriptors received from another process.
 
         Args:
-            descriptor: of the file, or an object that has one; for a sequence in a GPU's memory a
-                list of all, as in `filenos`. They are duplicated and stay the caller's: close them.
+            descriptor: the descriptor of the file, or an object that has one; for a sequence in GPU
+                memory a list of all descriptors, as in `filenos`. They are duplicated; the caller
+                must close the originals.
 
         Raises:
-            ValueError: no file that `export_blocks` has made: the message says what is wrong
-                (another kind of file, missing seals, a damaged header, missing descriptors).
-            KVPageError: the process may not have so many descriptors open (`ulimit -n`).
+            ValueError: not a file made by `export_blocks`: the message says what is wrong (another
+                kind of file, missing seals, a damaged header, missing descriptors).
+            KVPageError: too many open descriptors in this process (`ulimit -n`).
         """
         several: Sequence[Any] = (
             descriptor if isinstance(descriptor, list | tuple) else [descriptor]
@@ -82,16 +84,16 @@ class Handover(Closing):
 
     @classmethod
     def receive(cls, connection: socket.socket) -> Self:
-        """Receives what `send` sends at the other end of a Unix socket, and waits for it.
+        """Waits for and receives what `send` sends at the other end of a Unix socket.
 
         Args:
-            connection: a connected Unix socket that keeps order (SOCK_STREAM or SOCK_SEQPACKET),
-                blocking or with a timeout. No byte behind the handover is read.
+            connection: a connected Unix socket that preserves order (SOCK_STREAM or
+                SOCK_SEQPACKET), blocking or with a timeout. Nothing after the handover is read.
 
         Raises:
-            ValueError: no Unix socket; something else was sent; or as for `Handover(descriptors)`.
-            ConnectionError: the sender has closed the connection before the end.
-            OSError: of the socket; or this process may not have so many descriptors open
+            ValueError: not a Unix socket; something else was sent; or as for `Handover(...)`.
+            ConnectionError: the sender closed the connection too early.
+            OSError: the socket failed, or this process has too many open descriptors
                 (`ulimit -n`).
         """
         check_socket("Handover.receive", connection)
@@ -113,17 +115,17 @@ class Handover(Closing):
         return self._native
 
     def send(self, connection: socket.socket) -> None:
-        """Sends it through a Unix socket, in as many messages as its descriptors take.
+        """Sends the sequence through a Unix socket; the other end calls `receive`.
 
-        The kernel passes at most 253 descriptors with a message. The other end calls `receive`.
+        The kernel passes at most 253 descriptors in a message, so this may send several.
 
         Args:
-            connection: a connected Unix socket that keeps order (SOCK_STREAM or SOCK_SEQPACKET),
-                blocking or with a timeout.
+            connection: a connected Unix socket that preserves order (SOCK_STREAM or
+                SOCK_SEQPACKET), blocking or with a timeout.
 
         Raises:
-            ValueError: no Unix socket; the handover is closed.
-            OSError: of the socket.
+            ValueError: not a Unix socket, or the handover is closed.
+            OSError: the socket failed.
         """
         check_socket("Handover.send", connection)
         send_descriptors(connection, self._open().filenos())
@@ -131,7 +133,7 @@ class Handover(Closing):
     def fileno(self) -> int:
         """The descriptor of the file, for `socket.send_fds`; it is closed with this object.
 
-        It is all there is to send of a sequence on CPU. On a GPU it has the header only.
+        On CPU this is all that has to be sent. On a GPU the file has only the header.
         """
         return self._open().filenos()[0]
 
@@ -143,36 +145,36 @@ class Handover(Closing):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens it has."""
+        """The number of tokens."""
         return self._open().num_tokens
 
     @property
     def token_ids(self) -> np.ndarray:
-        """The ids of its tokens, int32[num_tokens]."""
+        """The token ids, int32[num_tokens]."""
         return np.asarray(self._open().token_ids, np.int32)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its blocks, with the padding of the last ones."""
+        """Bytes of its blocks, including the unused part of the last ones."""
         return self._open().num_bytes
 
     @property
     def bytes_copied(self) -> int:
-        """Bytes of blocks that `export_blocks` has copied for it: all of them, or 0."""
+        """Bytes of blocks that `export_blocks` copied: all of them, or 0."""
         return self._open().copied
 
     @property
     def fingerprint(self) -> str:
-        """What the sender says of the model."""
+        """The sender's fingerprint of the model."""
         return self._open().fingerprint
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether it is closed."""
         return self._native.closed
 
     def close(self) -> None:
-        """Gives the descriptors up. Blocks that a pool has of it stay. Safe to call again."""
+        """Closes the descriptors. Blocks that a pool has imported stay. Safe to call again."""
         self._native.close()
 
     def __repr__(self) -> str:
@@ -181,7 +183,7 @@ class Handover(Closing):
 
 
 class HandoverCalls:
-    """The part of `KVPool` that hands sequences over."""
+    """The calls of `KVPool` that hand sequences over."""
 
     _native: NativePool
     _pool: Any
@@ -190,37 +192,38 @@ class HandoverCalls:
     def export_blocks(
         self, slot: int, cache: KVCache | None = None, *, fingerprint: str = ""
     ) -> Handover:
-        """Takes a slot's committed tokens out, for another process to decode on.
+        """Exports a slot's committed tokens, so that another process can continue to decode them.
 
-        Blocks of a slot that was acquired with `handover=True` are in a file of their own already
-        (on a GPU each has an allocation of its own): it is sealed, and nothing is copied. From then
-        on the slot's blocks can only be read; it has given up the room behind its tokens, and
-        programs that append to its last partial block are refused. `truncate` to its length makes a
-        private copy of that block, `extend` maps new room, and the sequence goes on; usually it is
-        released. If the slot's blocks are not all in its file (it has shared some, and written them
-        again), or a view of it is alive, they are copied.
+        A slot that was acquired with `handover=True` has its blocks in a separate file already (on
+        a GPU, each block is a separate allocation): the file is sealed, and nothing is copied.
+        Afterwards the slot's blocks are read-only, the room after its tokens is unmapped, and
+        programs that append to its last partial block are refused. Usually the slot is released
+        then. To continue in it, `truncate` it to its length, which makes a private copy of that
+        block, and map new room with `extend`. If not all of the slot's blocks are in its file
+        (because some were shared and then written again), or if it has a live view, the blocks are
+        copied.
 
-        Blocks of any other slot are copied once, and nothing changes for the slot.
+        The blocks of any other slot are copied once, and the slot does not change.
 
-        What other transports send (`jax.experimental.transfer`, NIXL, a network) can be had with
-        `read_kv` as arrays, and put into a slot with `append_kv`; `memory_ranges` says where it is.
+        For other transports (`jax.experimental.transfer`, NIXL, a network), `read_kv` returns a
+        sequence as arrays and `append_kv` writes them to a slot; `memory_ranges` gives addresses.
 
         Args:
             slot: an occupied slot.
-            cache: the newest cache: the call waits for the program that made it. None: the
+            cache: the newest cache: the call waits for the program that returned it. None if the
                 committed tokens are known to be written.
-            fingerprint: names the model and its weights, at most 1024 bytes of UTF-8;
-                `import_blocks` wants the same.
+            fingerprint: identifies the model and its weights, at most 1024 bytes of UTF-8;
+                `import_blocks` must get the same.
 
         Returns:
-            What there is to send.
+            The sequence, ready to be sent.
 
         Raises:
             OutOfBlocks: the system has no memory for a copy.
             KVPageError: the slot is not occupied, has no committed tokens or some that are not
                 written, has dropped its beginning (`drop_before`), or, with `handover=True`, has
-                written more than is committed; a GPU whose memory cannot be shared, as in some
-                containers; too few descriptors left (`ulimit -n`). Nothing has changed.
+                written more than is committed; the GPU's memory cannot be shared, as in some
+                containers; too many open descriptors (`ulimit -n`). Nothing has changed.
             DeviceFault: an earlier program failed on the device.
             ValueError: a slot that does not exist, a cache of another spec, a pool over a mesh.
             PoolClosed: the pool is closed.
@@ -243,23 +246,23 @@ class HandoverCalls:
     ) -> tuple[int, KVCache]:
         """Occupies a slot with a sequence that another process has handed over.
 
-        Whole blocks are mapped read-only, without copying, as blocks that slots share are; the
-        tokens of the last, partial block are copied, so that decoding goes on behind them, bit for
-        bit as in the sender. The slot can be forked, truncated, swapped and released as any other.
-        It is not in the prefix cache. The blocks count in the capacity; their memory is the
-        sender's (`stats().received`), and stays when the sender ends.
+        Full blocks are mapped read-only without copying, like blocks shared by slots; the tokens of
+        a last, partial block are copied, so that decoding can continue after them, bit for bit as
+        in the sender. The slot can be forked, truncated, swapped and released like any other. It is
+        not in the prefix cache. The blocks count against the capacity, but their memory belongs to
+        the sender (`stats().received`); it stays when the sender exits.
 
-        Both pools have the same shape: layers, heads, head_dim, storage type, layout and
-        block_tokens; and their memory is in the same place: on CPU, or on one GPU. What was
-        received is checked: its seals, its size, its header, its shape and its fingerprint. The
-        values are not: hand over between processes that trust each other's results.
+        Both pools must have the same layers, heads, head_dim, storage type, layout and
+        block_tokens, and be in the same memory: on CPU, or on one GPU. The seals, size, header,
+        shape and fingerprint are checked; the values are not, so hand over only between processes
+        that trust each other.
 
         Args:
             cache: the newest cache.
-            handover: a `Handover`; or what was received with `socket.recv_fds`: a descriptor, an
-                object that has one, or on a GPU a list of them. It stays the caller's: close it.
-            fingerprint: what the sender must have said of the model.
-            wait: wait for slots and blocks that drain.
+            handover: a `Handover`; or what `socket.recv_fds` returned: a descriptor, an object that
+                has one, or on a GPU a list of them. The caller must close it.
+            fingerprint: must match the sender's.
+            wait: wait for draining slots and blocks if there is too little otherwise.
 
         Returns:
             (slot, cache). The slot's length is the number of tokens, which are committed
@@ -268,9 +271,9 @@ class HandoverCalls:
         Raises:
             OutOfBlocks: not enough blocks left in the capacity; nothing has changed.
             OutOfSlots: no free slot; nothing has changed.
-            ValueError: no file that `export_blocks` has made and sealed, a damaged one, one of
-                another shape or fingerprint, a sequence on another device, descriptors of something
-                else, a cache of another spec, a pool over a mesh.
+            ValueError: a file that was not made and sealed by `export_blocks`, is damaged or has
+                another shape or fingerprint; a sequence on another device; other descriptors; a
+                cache of another spec; a pool over a mesh.
             KVPageError: too few memory mappings left (vm.max_map_count).
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool is closed.

@@ -1,4 +1,4 @@
-"""A store in memory of the host, for pools on a GPU."""
+"""A store in host memory, for pools on a GPU."""
 
 from typing import NamedTuple
 
@@ -11,20 +11,20 @@ __all__ = ["HostPrefixStats", "HostStore", "HostStoreStats"]
 
 
 class HostPrefixStats(NamedTuple):
-    """What a host store holds of evicted prefixes, and what it has done with them.
+    """The evicted prefixes in a host store, and statistics about them.
 
     Attributes:
-        runs: of consecutive blocks of a sequence.
-        bytes: their keys and values.
-        bytes_written: keys and values copied from pools.
-        bytes_read: keys and values copied back.
-        read_bytes_per_second: of the latest reads, waiting included; 0: none yet.
-        bytes_evicted: removed to keep the limit, or for swapped sequences.
-        refused_writes: runs for which there was no room, or for which the system had no memory to
-            pin.
+        runs: runs of consecutive blocks of a sequence in the store.
+        bytes: bytes of their keys and values.
+        bytes_written: bytes of keys and values copied from pools.
+        bytes_read: bytes of keys and values copied back.
+        read_bytes_per_second: rate of the latest reads, including waiting; 0: none yet.
+        bytes_evicted: bytes removed because of the limit or for swapped sequences.
+        refused_writes: runs that were not stored because there was no room, or because the system
+            had no memory to pin.
         failed_writes: runs that could not be copied.
-        failed_reads: copies back that failed; the store still has what they were to bring.
-        last_error: of a write or a read; "" if there was none.
+        failed_reads: copies back that failed; the store still has the data.
+        last_error: the last error of a write or a read; "" if there was none.
     """
 
     runs: int
@@ -40,26 +40,26 @@ class HostPrefixStats(NamedTuple):
 
 
 class HostStoreStats(NamedTuple):
-    """What a host store holds, and what it has done since it was made.
+    """The contents of a host store, and statistics since it was created.
 
     Attributes:
-        limit: the most bytes that it may take.
-        bytes: of these, those that swapped sequences and evicted prefixes take.
-        pinned: those that it has taken from the system and pinned, in use or kept for later use.
-        bytes_written: keys and values of swapped sequences copied from pools.
-        bytes_read: those copied back.
-        read_bytes_per_second: of the latest of these reads, waiting included; 0: none yet.
-        refused_writes: sequences for which there was no room, or for which the system had no memory
-            to pin; they stay in the pool's memory.
-        failed_writes: sequences that could not be copied; they stay there too.
-        failed_reads: copies back that failed; the store still has what they were to bring.
-        last_error: of a write or a read; "" if there was none.
-        swap_out_seconds_median: the median time of the latest 512 sequences that were swapped out,
-            from the release of their slot to the end of the copies; 0: none yet.
-        swap_out_seconds_p95: how long 95 in 100 of these took at most.
-        swap_in_seconds_median: the same of copies back, from `prefetch` or `swap_in`.
-        swap_in_seconds_p95: the same.
-        prefixes: what it has of evicted prefixes.
+        limit: the most bytes that it may use.
+        bytes: bytes used by swapped sequences and evicted prefixes.
+        pinned: bytes of memory that it has pinned, in use or kept for later use.
+        bytes_written: bytes of keys and values of swapped sequences copied from pools.
+        bytes_read: bytes of those copied back.
+        read_bytes_per_second: rate of the latest of these reads, including waiting; 0: none yet.
+        refused_writes: sequences that stay in the pool's memory because the store had no room, or
+            the system no memory to pin.
+        failed_writes: sequences that stay there because they could not be copied.
+        failed_reads: copies back that failed; the store still has the data.
+        last_error: the last error of a write or a read; "" if there was none.
+        swap_out_seconds_median: the median over the latest 512 sequences swapped out, from the
+            release of the slot to the end of the copies; 0: none yet.
+        swap_out_seconds_p95: the 95th percentile of the same.
+        swap_in_seconds_median: the median of copies back, from `prefetch` or `swap_in`.
+        swap_in_seconds_p95: the 95th percentile of the same.
+        prefixes: the evicted prefixes.
     """
 
     limit: int
@@ -80,24 +80,24 @@ class HostStoreStats(NamedTuple):
 
 
 class HostStore(Closing):
-    """Swapped sequences and evicted prefixes of pools on a GPU, in pinned memory of the host.
+    """Swapped sequences and evicted prefixes of pools on a GPU, in pinned host memory.
 
-    `KVPool(..., store=HostStore("16GiB"))` gives `swap_out` somewhere to put what it takes out of
-    the card's memory, and prefixes somewhere to go before they are evicted: `acquire_prefix` says
-    how many more tokens are there, `prefetch` brings them back, as with a `BlockStore`. Threads of
-    the store make the copies, on streams that no program waits for. Memory is taken as it is needed
-    and kept for later use until `close`. Several pools, on several cards, may share a store; each
-    finds its own prefixes only, and they go when it is closed. The store works in the process that
+    With `KVPool(..., store=HostStore("16GiB"))`, `swap_out` moves sequences from GPU memory to the
+    store, and prefixes are copied there before they are evicted: `acquire_prefix` reports how many
+    more tokens are stored, and `prefetch` reads them back, as with a `BlockStore`. The store's
+    threads make the copies, on streams that no program waits for. Memory is allocated as needed and
+    kept until `close`. Several pools, also on several GPUs, may share a store; each finds only its
+    own prefixes, and they are dropped when it is closed. The store works only in the process that
     made it, not in its forks, and is a context manager. It has no files: `save_prefixes` and
     `load_prefixes` need a `BlockStore`.
 
     Args:
-        limit: the most bytes that it may take, as a number or as text ("16GiB"). Prefixes that were
-            used least recently give way to others and to swapped sequences; a sequence that does
-            not fit even so stays in the pool's memory, as where a disk is full.
+        limit: the most bytes that it may use, as a number or as text ("16GiB"). The least recently
+            used prefixes are evicted to make room for others and for swapped sequences; a sequence
+            that still does not fit stays in the pool's memory.
 
     Raises:
-        ValueError: a limit that is none.
+        ValueError: an invalid limit.
     """
 
     def __init__(self, limit: int | str) -> None:
@@ -106,11 +106,11 @@ class HostStore(Closing):
 
     @property
     def limit(self) -> int:
-        """The most bytes that it may take."""
+        """The most bytes that it may use."""
         return self._limit
 
     def stats(self) -> HostStoreStats:
-        """What the store holds and has done.
+        """The contents of the store, and statistics.
 
         Raises:
             PoolClosed: the store is closed, or belongs to a parent process.
@@ -135,9 +135,9 @@ class HostStore(Closing):
         )
 
     def close(self) -> None:
-        """Ends its threads and gives its memory back. Close it after its pools; safe to call again.
+        """Ends its threads and frees its memory. Close it after its pools; safe to call again.
 
-        Memory of sequences that are still swapped out goes when these do.
+        The memory of sequences that are still swapped out is freed with them.
         """
         self.native.close()
 

@@ -1,10 +1,10 @@
 """KVPool: the host side of a KV cache.
 
 The pool owns the memory; programs carry a `KVCache` that names it. Calls that change what programs
-see (`acquire`, `release`) take the cache and return the next one: the accounting happens at once in
-C++, and a small program that changes the cache value is queued behind running programs. Calls
-that only add or give back memory (`extend`, `trim`, `resize`) need no cache and never disturb
-running programs.
+see (`acquire`, `release`) take the cache and return the next one: the accounting is done
+immediately in C++, and a small program that changes the cache value is queued behind running
+programs. Calls that only add or free memory (`extend`, `trim`, `resize`) need no cache and do not
+disturb running programs.
 """
 
 import warnings
@@ -63,56 +63,56 @@ class KVPool(
     SpillingCalls,
     Inspection,
 ):
-    """Physical blocks, virtual slots, and the table that joins them.
+    """Physical blocks, virtual slots, and the table that maps blocks to slots.
 
     Args:
-        spec: what the cache holds; resolved for the device's platform if it is not yet.
+        spec: the shape of the cache; resolved for the device's platform if it is not yet.
         capacity: physical memory for blocks, in bytes, as text ("2GiB"), or as a share ("80%") of
-            what is available now: free memory of the card on CUDA; on CPU memory of the machine, or
-            of the process's cgroup, that can be had without swapping. None: 80% on CUDA, 50% on
+            the memory available now: free GPU memory on CUDA; on CPU, memory of the machine, or of
+            the process's cgroup, that can be allocated without swapping. None: 80% on CUDA, 50% on
             CPU, but no more than full slots take or the system has memory mappings for. Rounded
-            down to whole blocks. Memory is taken from the system on demand and kept for reuse.
-        device: a `jax.Device` of platform cpu or cuda to live on; the default device if None.
-        on_stale: "error" refuses an op that changes the cache from any but the newest cache;
-            "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
-            release, rollback) came between, for timing loops.
-        poison: test mode: memory that a request gets is filled with NaN first, so that a read of
-            something never written shows. Views show zeros there all the same.
+            down to whole blocks. Memory is allocated on demand and kept for reuse.
+        device: the `jax.Device` (platform cpu or cuda) of the pool; None: the default device.
+        on_stale: "error" refuses an op that changes the cache unless it gets the newest cache;
+            "allow" permits repeating a step from one cache, for timing loops, as long as nothing
+            destructive (acquire, release, rollback) happened in between.
+        poison: test mode: new memory of a request is filled with NaN, so that reads of positions
+            that were never written show. Views still show zeros there.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
-        store: what lies below memory; `swap_out` writes to it. Close it after the pool. On CPU a
-            `BlockStore`: it gets whole blocks of released sequences before they are evicted,
-            `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes` and
-            `load_prefixes` use it unless given another. On a GPU a `HostStore`, which does the same
-            but for saving and loading. Over a mesh, for swaps only: prefixes are neither written to
-            it nor looked for.
-        write_ahead: with a store, the share of the capacity that is to be free or written to
-            the store: while there is less, its threads write what would be evicted next. Written
-            blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
-            written as soon as its sequence is released.
-        mesh: devices to spread the pool over, an arena on each; `capacity` is that of all. Other
-            axes have one device. CPU devices, of one process or more; with `axis` alone also the
-            GPUs of one process, where each card has its share. No `device`, and a `store` on CPU
-            devices of one process only.
-        axis: the axis that the heads are split over. Each device holds those that its query heads
-            read: with fewer key/value heads than devices, several hold a copy.
-        data_axis: the axis that the slots are split over: each replica, a row along it, has its
+        store: the storage tier below memory; `swap_out` writes to it. Close it after the pool. On
+            CPU a `BlockStore`: it gets full blocks of released sequences before they are evicted,
+            `acquire_prefix` reports what is stored, `prefetch` reads it, and `save_prefixes` and
+            `load_prefixes` use it by default. On a GPU a `HostStore`, which does the same except
+            saving and loading. Over a mesh it holds swapped sequences only, and no prefixes.
+        write_ahead: with a store, the share of the capacity that should be free or already written
+            to the store: below it, the store's threads write the blocks that would be evicted next.
+            Written blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1:
+            everything is written as soon as its sequence is released.
+        mesh: devices to split the pool over, with an arena on each; `capacity` is the total. Axes
+            not named below must have one device. CPU devices of one or several processes; with
+            `axis` alone also GPUs of one process. Excludes `device`; `store` only on CPU devices of
+            one process.
+        axis: the mesh axis over which heads are split. Each device holds the heads that its query
+            heads read: with fewer key/value heads than devices, several hold copies.
+        data_axis: the mesh axis over which slots are split: each replica, a row along it, has its
             part of `max_slots` and of the blocks, and a prefix cache. `spread` makes batches.
-        sequence_axis: in place of both, the axis that the tokens of every sequence are spread over:
-            stripes of 16 in turn. `max_seq_len` is a multiple of 16 times its devices. No `store`.
+        sequence_axis: instead of both, the mesh axis over which the tokens of every sequence are
+            split, in stripes of 16. `max_seq_len` must be a multiple of 16 times its size. No
+            `store`.
 
     Attributes:
         spec: the resolved spec, with all heads.
         device: where the cache's arrays live; with a mesh, its first device.
-        sharding: how the cache is spread over the mesh; None without one.
-        store: what lies below memory; None: nothing.
+        sharding: how the cache is split over the mesh; None without one.
+        store: the storage tier below memory, or None.
 
     Raises:
         ValueError: a capacity, spec, device or store that cannot work, with the numbers.
-        KVPageError: the CUDA driver or the system refused; a store of the other platform's kind;
-            processes that make different pools.
+        KVPageError: the CUDA driver or the system refused; a store for another platform; processes
+            that make different pools.
         PoolClosed: the store is closed.
-        OutOfBlocks: more capacity than the machine (or its cgroup), or the card, has memory.
+        OutOfBlocks: the capacity exceeds the memory of the machine (or its cgroup) or of the GPU.
     """
 
     spec: CacheSpec
@@ -161,7 +161,7 @@ class KVPool(
         self.sharding = native.sharding
         self._native, self._pool, self._queue = native, native.pool, queue
         self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))
-        # At exit programs may be in flight: memory is then left to the system.
+        # At exit, programs may still be running: leave the memory to the system.
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -169,13 +169,12 @@ class KVPool(
         return f"<KVPool {self._pool.id} on {self.device}{over}>"
 
     def close(self) -> None:
-        """Gives everything back. Waits for running ops; queued programs fail: `check` them before.
+        """Frees everything. Waits for running ops; queued programs fail, so `check` them first.
 
-        What an op on a device of a mesh has failed with becomes a RuntimeWarning if no call has
-        raised it.
+        Over a mesh, an op's error that no call has raised becomes a RuntimeWarning.
 
-        Memory that a zero-copy view still covers goes when the view does. Closing twice is fine; a
-        wait that a signal handler ended goes on with the next call.
+        Memory covered by a zero-copy view is freed with the view. Safe to call again; if a signal
+        handler interrupted the wait, the next call continues it.
         """
         self._queue.quiesce()
         self._native.warn_untold()
@@ -184,7 +183,7 @@ class KVPool(
 
     @property
     def placement(self) -> jax.Device | jax.sharding.NamedSharding:
-        """Where programs expect what all devices of the pool have: for `jax.device_put`."""
+        """The placement, for `jax.device_put`, of arrays that all devices of the pool need."""
         return self._native.placement
 
     @property
@@ -193,16 +192,16 @@ class KVPool(
         return self._pool.closed
 
     def cache(self) -> KVCache:
-        """Starts a new generation of caches: waits for running ops, makes every older cache stale.
+        """Starts a new generation of caches: waits for running ops, makes all older caches stale.
 
-        May be called at any time, also after a program failed: occupied slots have the length that
-        the last completed step left, released ones are free. On CUDA, a slot is also free if its
+        May be called at any time, also after a program failed: occupied slots have their length
+        after the last completed step, released slots are free. On CUDA, a slot is also free if its
         acquire did not run on the device (it was refused, or overtaken by the new generation). On
         CUDA and over a mesh, faults of older generations that no call has raised yet become a
         RuntimeWarning.
 
         Returns:
-            The cache to go on from.
+            The first cache of the new generation.
 
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
@@ -238,15 +237,15 @@ class KVPool(
     ) -> tuple[Any, KVCache]:
         """Occupies a slot for a new request and maps room for its first tokens.
 
-        A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing
-        for a list. After a KeyboardInterrupt in here nothing is acquired; go on from `cache()`.
+        A free slot whose blocks are still mapped (parked) is reused if one fits. All or nothing for
+        a list. A KeyboardInterrupt in this call leaves nothing acquired; continue from `cache()`.
 
         Args:
             cache: the newest cache.
-            num_tokens: tokens to map room for; a list of them acquires a slot for each.
-            wait: wait for released slots to drain when there is too little otherwise. Slots that
-                views hold, and slots whose release failed, are not waited for.
-            handover: give each slot memory of its own, which `export_blocks` sends uncopied.
+            num_tokens: tokens to map room for; a list acquires a slot for each entry.
+            wait: wait for released slots to drain if there is too little otherwise. Slots held by
+                views, and slots whose release failed, are not waited for.
+            handover: give each slot separate memory, which `export_blocks` sends without copying.
 
         Returns:
             (slot, cache), or (slots, cache) for a list. The slot's length is 0.
@@ -266,11 +265,11 @@ class KVPool(
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
-        """Maps room for `num_tokens` tokens in all; a no-op when there is room already.
+        """Maps room for `num_tokens` tokens in total; does nothing if there is room already.
 
         Args:
             slot: an occupied slot, or a list.
-            num_tokens: tokens in all, or a list as long as slot's.
+            num_tokens: total number of tokens, or a list with an entry for each slot.
 
         Raises:
             OutOfBlocks: not enough physical blocks; nothing has changed.
@@ -288,7 +287,7 @@ class KVPool(
         self._queue.claim("extend", lambda: self._pool.extend(slots, wanted))
 
     def release(self, cache: KVCache, slot: int | Sequence[int]) -> KVCache:
-        """Ends a request. Its slot drains until programs queued before are done, then parks.
+        """Ends a request. Its slot drains until programs queued earlier are done, then parks.
 
         Args:
             cache: the newest cache.
@@ -310,13 +309,13 @@ class KVPool(
     def commit(self, slot: int, token_ids: int | Sequence[int]) -> None:
         """Tells the pool the ids of the next tokens whose K and V are written.
 
-        The host thereby knows what a slot holds without reading anything back from the device.
-        Commit what is final: `fork` and `reorder` share committed tokens, and a rollback
-        (`set_lengths`) does not take them back. `truncate` does.
+        The host thus knows what a slot holds without reading anything back from the device. Commit
+        only final tokens: `fork` and `reorder` share committed tokens, and a rollback with
+        `set_lengths` does not undo a commit, but `truncate` does.
 
         Args:
             slot: an occupied slot.
-            token_ids: ids that follow those committed before; or one id.
+            token_ids: the ids that follow those already committed; or one id.
 
         Raises:
             ValueError: more tokens than the slot has room for, or a slot that does not exist.
@@ -329,15 +328,15 @@ class KVPool(
         self._native.call(self._pool.commit, slot, ids)
 
     def trim(self) -> int:
-        """Gives all memory that no live request needs back to the system; returns its bytes."""
+        """Frees all memory that no live request needs; returns the number of bytes freed."""
         return self._native.call(self._pool.trim) * self._native.block_bytes
 
     def resize(self, capacity: int | str | None) -> None:
-        """Changes the budget while the pool is in use.
+        """Changes the capacity while the pool is in use.
 
         Args:
-            capacity: as for a new pool. A share, and None, are of what is available now and what
-                the pool holds already.
+            capacity: as for a new pool. A share, or None, refers to the memory available now plus
+                what the pool holds already.
 
         Raises:
             OutOfBlocks: live requests hold more than the new capacity; nothing has changed.

@@ -1,4 +1,4 @@
-"""Host calls on the prefix cache: sequences found by their tokens."""
+"""Host calls on the prefix cache, which finds sequences by their tokens."""
 
 import math
 from collections.abc import Sequence
@@ -27,12 +27,13 @@ class PrefixSlots(_PrefixSlots):
     """What `acquire_prefix` returns: a tuple of three.
 
     Attributes:
-        slots: the slot of the request, or a list; None for one that waits for another of its call.
-        num_cached: tokens that the slot has already, or a list.
+        slots: the slot of the request, or a list; None for a request that must wait for another one
+            of the same call.
+        num_cached: number of tokens that the slot already has, or a list.
         cache: the next cache.
-        wait_for: for each request of the call the index of the one that it waits for, or None.
-        num_stored: how many more tokens the pool's store has, or a list: `prefetch` brings them.
-            0 without a store.
+        wait_for: for each request, the index of the request that it must wait for, or None.
+        num_stored: how many more tokens the pool's store has, or a list; `prefetch` reads them. 0
+            without a store.
     """
 
     wait_for: list[int | None]
@@ -46,7 +47,7 @@ class PrefixSlots(_PrefixSlots):
         wait_for: list[int | None],
         num_stored: Any = 0,
     ) -> "PrefixSlots":
-        """A tuple of the first three."""
+        """Makes a tuple of the first three; the others are attributes."""
         made = super().__new__(cls, slots, num_cached, cache)
         made.wait_for = wait_for
         made.num_stored = num_stored
@@ -54,11 +55,11 @@ class PrefixSlots(_PrefixSlots):
 
 
 class PrefixCalls:
-    """The part of `KVPool` that finds sequences by their tokens.
+    """The calls of `KVPool` that find sequences by their tokens.
 
-    The idea of matching prefixes is that of SGLang's RadixAttention (Zheng et al., 2024) and vLLM's
-    automatic prefix caching. Here what is found costs nothing to read: it lies in the slot's own
-    contiguous memory, and a slot whose sequence goes on is taken over as it stands.
+    Prefix matching follows SGLang's RadixAttention (Zheng et al., 2024) and vLLM's automatic prefix
+    caching. Here a cached prefix costs nothing extra to read: it is part of the slot's contiguous
+    memory, and a slot whose sequence is continued is reused as it is.
     """
 
     spec: CacheSpec
@@ -78,44 +79,44 @@ class PrefixCalls:
         match_unit: int = 1,
         min_cached: int = 1,
     ) -> PrefixSlots:
-        """Occupies a slot that begins with as many of the request's tokens as are in memory.
+        """Occupies a slot that starts with the longest prefix of the request that is in memory.
 
-        What counts as in memory: tokens that were committed (`commit`) to sequences of the same
-        namespace which this call has acquired, and to their forks, running or released; a released
-        one once its slot has drained (`pool.check` of the cache waits for that). The slot
-        that holds them is adopted where its sequence goes on or is asked for again, which costs no
-        system call and no copy; otherwise whole blocks are mapped read-only in an empty slot, and
-        the tokens of the last, partial one are copied. Blocks of released sequences stay until
-        their memory is needed: the least valuable go first.
+        The cache has the tokens that were committed (`commit`) to sequences of the same namespace
+        acquired by this call, and to their forks, running or released; those of a released
+        sequence once its slot has drained (`pool.check` of the cache waits for that). If the
+        request repeats or continues a released sequence, its slot is reused, which takes no system
+        call and no copy; otherwise full blocks are mapped read-only in an empty slot, and the
+        tokens of the last, partial block are copied. Blocks of released sequences stay until their
+        memory is needed; the least valuable are evicted first.
 
         The length of the slot starts at `num_cached`: run the model on `token_ids[num_cached:]`,
-        and commit these.
+        and commit these tokens.
 
         Args:
             cache: the newest cache.
-            token_ids: ids of the request's tokens, int32[n] or a list of ints; or a list of such
-                for several requests, all or none. An int32 array is fastest. Any int32 is an id:
-                content that is not text (images) can be given negative ids made of its hash.
-            num_tokens: tokens to map room for, if more than the ids; one number, or one for each.
-            namespace: sequences are found in their own namespace only (a model, an adapter, a
-                tenant); None is one of them.
-            whole: whether the last token may be found as well. Its logits are not recomputed then.
-            match_unit: `num_cached` is a multiple of this many tokens.
-            min_cached: fewer tokens than this do not count as found.
+            token_ids: the request's token ids, int32[n] or a list of ints; or a list of these for
+                several requests, all or none. An int32 array is fastest. Any int32 is valid:
+                content other than text (images) can have negative ids made from its hash.
+            num_tokens: tokens to map room for, if more than the ids; one number, or a list.
+            namespace: only sequences of the same namespace (a model, an adapter, a tenant) are
+                found; None is a namespace too.
+            whole: whether the last token may be found too. Its logits are then not recomputed.
+            match_unit: `num_cached` is rounded down to a multiple of this.
+            min_cached: a shorter prefix than this does not count as found.
 
         Returns:
-            `(slot, num_cached, cache)`, with lists for several requests. Of requests in one call
-            that begin with the same new tokens (a block at least) the first one gets a slot; the
-            others get None and `result.wait_for[i]`, the index of the first: ask again for them
-            once it has committed these tokens. `result.num_stored` says how many more tokens the
-            pool's store has behind those that were found; `stored_prefix` and `prefetch` are for
-            those who want them in memory first.
+            `(slot, num_cached, cache)`, with lists for several requests. If several requests in a
+            call begin with the same new tokens (at least a block), only the first gets a slot; the
+            others get None, and `result.wait_for[i]` is the index of the first: acquire them again
+            once it has committed these tokens. `result.num_stored` is how many more tokens after
+            the cached ones the pool's store has; to read them before acquiring, use `stored_prefix`
+            and `prefetch`.
 
         Raises:
             OutOfBlocks: not enough physical blocks; nothing has changed.
             OutOfSlots: not enough slots; nothing has changed.
-            ValueError: ids that int32 cannot hold, more than max_seq_len tokens, a cache of
-                another spec.
+            ValueError: ids that do not fit int32, more than max_seq_len tokens, a cache of another
+                spec.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
@@ -147,15 +148,15 @@ class PrefixCalls:
     def find_prefix(
         self, token_ids: Any, namespace: str | None = None, *, whole: bool = False
     ) -> int:
-        """Tokens that `acquire_prefix` would find for a request now, for schedulers.
+        """The number of tokens that `acquire_prefix` would find now, for schedulers.
 
         Args:
-            token_ids: ids of the request's tokens, int32[n] or a list of ints.
+            token_ids: the request's token ids, int32[n] or a list of ints.
             namespace: as for `acquire_prefix`.
             whole: as for `acquire_prefix`.
 
         Raises:
-            ValueError: ids that int32 cannot hold.
+            ValueError: ids that do not fit int32.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool is closed.
         """
@@ -172,21 +173,21 @@ class PrefixCalls:
         ttl: float | None = None,
         max_share: float = 0.2,
     ) -> int:
-        """Protects the blocks of those tokens that are in memory now from eviction.
+        """Protects the blocks of those of the tokens that are in memory now from eviction.
 
         Args:
-            token_ids: ids of the first tokens of a sequence, a system prompt for instance.
+            token_ids: the first token ids of a sequence, for example a system prompt.
             namespace: as for `acquire_prefix`.
-            ttl: seconds until the pin ends by itself; None: it lasts until `unpin`.
-            max_share: the share of the pool's blocks that pins may hold in all. A pin that would
-                pass it holds the first tokens only.
+            ttl: seconds until the pin expires; None: it lasts until `unpin`.
+            max_share: the share of the pool's blocks that all pins together may hold. A pin that
+                would exceed it covers the first tokens only.
 
         Returns:
-            How many of the tokens are pinned. Pins of the same tokens are counted: each needs its
+            How many of the tokens are pinned. Pins of the same tokens are counted: each needs an
             `unpin`.
 
         Raises:
-            ValueError: ids that int32 cannot hold, a negative ttl, a share that is none.
+            ValueError: ids that do not fit int32, a negative ttl, an invalid share.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
@@ -196,10 +197,10 @@ class PrefixCalls:
         return self._native.call(self._pool.pin, space, ids, share, seconds)
 
     def unpin(self, token_ids: Any, namespace: str | None = None) -> None:
-        """Takes one pin of the same tokens away; does nothing if there is none.
+        """Removes one pin of the same tokens; does nothing if there is none.
 
         Raises:
-            ValueError: ids that int32 cannot hold.
+            ValueError: ids that do not fit int32.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
@@ -210,17 +211,17 @@ class PrefixCalls:
     def hint(
         self, session: Any, what: Literal["retain", "drop"], namespace: str | None = None
     ) -> None:
-        """Tells the cache whether a sequence will be asked for again.
+        """Tells the cache whether a sequence will be needed again.
 
         Args:
-            session: ids of its tokens.
-            what: "drop": its own tokens go before others when memory is needed, what other
-                sequences have in common with it stays. "retain": it counts as just used, and for
-                longer than what was used once.
+            session: the token ids of the sequence.
+            what: "drop": the tokens that it shares with no other sequence are evicted first when
+                memory is needed. "retain": it counts as just used, and is kept longer than
+                sequences that were used once.
             namespace: as for `acquire_prefix`.
 
         Raises:
-            ValueError: ids that int32 cannot hold, another hint.
+            ValueError: ids that do not fit int32, another hint.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
@@ -230,15 +231,15 @@ class PrefixCalls:
         self._native.call(self._pool.hint, space, ids, what == "retain")
 
     def evict(self, num_bytes: int | None = None) -> int:
-        """Drops what can be found, the least valuable first.
+        """Evicts cached prefixes, the least valuable first.
 
-        What live sequences map, and what is pinned, stays.
+        Blocks that live sequences map, and pinned ones, stay.
 
         Args:
-            num_bytes: how much memory is to come free; None: all that can.
+            num_bytes: how much memory to free; None: as much as possible.
 
         Returns:
-            The bytes that have come free.
+            The number of bytes freed.
 
         Raises:
             ValueError: a negative number.
@@ -254,10 +255,10 @@ class PrefixCalls:
     def events(self) -> list[kv_events.Event]:
         """What the prefix cache stored and removed since the last call.
 
-        Replaying all events gives the whole blocks that can be found; partial blocks are not
-        published. The pool records from the first call on. That call, and one before which more
-        happened than is kept (65,536 blocks), begin with `AllBlocksCleared` and store all blocks.
-        `jax_kvpage.events.encode` writes events for vLLM's readers.
+        Replaying all events gives the full blocks that can be found; partial blocks are not
+        published. Recording begins with the first call. That call, and any call after which events
+        were lost because too many were pending (65,536 blocks), returns `AllBlocksCleared` and then
+        stores all blocks. `jax_kvpage.events.encode` encodes events for consumers of vLLM's.
 
         Returns:
             `BlockStored`, `BlockRemoved` and `AllBlocksCleared` of `jax_kvpage.events`, in order.
@@ -272,7 +273,7 @@ class PrefixCalls:
 
 
 def namespace_key(call: str, name: Any) -> str:
-    """The compiled index's name of a namespace.
+    """The name of a namespace in the compiled index.
 
     Raises:
         ValueError: neither a str nor None.
@@ -283,14 +284,14 @@ def namespace_key(call: str, name: Any) -> str:
         raise ValueError(
             f"{call}: namespace: wanted a str or None, got {type(name).__name__} {name!r}"
         )
-    return f"={name}"  # never the one of None
+    return f"={name}"  # differs from the key of None
 
 
 def one_sequence(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
-    """The ids of one sequence, int32[n].
+    """Converts the ids of one sequence to int32[n].
 
     Raises:
-        ValueError: ids that int32 cannot hold, or several sequences.
+        ValueError: ids that do not fit int32, or several sequences.
     """
     ids, single = token_ids_of(f"{call}: {name}", value)
     if not single:

@@ -1,7 +1,7 @@
 """Ragged attention in pure JAX: the reference implementation behind implementation="xla".
 
 Written for correctness and low memory use, not for speed: tokens are processed a few at a time,
-each over the whole dense context of its sequence, in float32 at the highest precision.
+each over the full dense context of its sequence, in float32 at the highest precision.
 """
 
 import functools
@@ -19,7 +19,7 @@ _TOKENS_AT_ONCE = 8
 def token_owners(
     query_offsets: jax.Array, active: jax.Array, num_tokens: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which sequence each token of a ragged batch belongs to.
+    """Finds the sequence of each token of a ragged batch.
 
     Args:
         query_offsets: int32[S+1], S at least 1.
@@ -31,7 +31,7 @@ def token_owners(
         owned bool[T], False for padding tokens and tokens of padding sequences.
     """
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    # A token's sequence is the number of sequences that end at or before it.
+    # The index of a token's sequence is the number of sequences that end at or before it.
     sequence = jnp.searchsorted(query_offsets[1:], token, side="right").astype(jnp.int32)
     owned = sequence < active.shape[0]
     sequence = jnp.minimum(sequence, active.shape[0] - 1)
@@ -55,25 +55,26 @@ def ragged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of a ragged batch over dense contexts.
 
-    Keys and values at positions that a token does not see may be arbitrary, including NaN.
+    Keys and values at positions that a token does not attend to may be arbitrary, including NaN.
 
     Args:
         q: [T, Hq, D].
-        k: [S, C, Hkv, D], the context of each sequence from position 0, its new tokens included.
+        k: [S, C, Hkv, D], the context of each sequence from position 0, including its new tokens.
         v: like k.
         starts: int32[S], position of each sequence's first new token.
         query_offsets: int32[S+1].
         active: bool[S], False for sequences that are padding.
-        window: int32[]; a token sees itself and the window - 1 tokens before it; 0 or less: all.
-        sinks: float32[Hq], logits that join the denominator, or float32[0].
+        window: int32[]; a token attends to itself and the window - 1 tokens before it; 0 or less:
+            to all tokens before it.
+        sinks: float32[Hq], logits added to the softmax denominator, or float32[0].
         alibi: float32[Hq], slopes, or float32[0].
         scale: factor of the scores.
-        soft_cap: c in c * tanh(score / c), 0 is off.
-        return_lse: whether lse is wanted.
+        soft_cap: c in c * tanh(score / c); 0 is off.
+        return_lse: whether to return the log-sum-exp.
 
     Returns:
-        out [T, Hq, D] in q's dtype and lse float32 [T, Hq] ([0, Hq] when not wanted); 0 and -inf
-        for tokens that see nothing.
+        out [T, Hq, D] in q's dtype and lse float32 [T, Hq] ([0, Hq] without `return_lse`); 0 and
+        -inf for tokens that attend to nothing.
     """
     tokens, heads, _ = q.shape
     if tokens == 0 or k.shape[0] == 0 or k.shape[1] == 0:
@@ -82,7 +83,7 @@ def ragged_attention(
     sequence, index, owned = token_owners(query_offsets, active, tokens)
     options = (window, sinks, alibi)
     attend = functools.partial(_attend_one, k, v, options, scale, soft_cap)
-    # Tokens without a sequence see positions up to -1, so none.
+    # Tokens without a sequence get position -1 and attend to nothing.
     position = jnp.where(owned, starts[sequence] + index, -1)
     out, lse = jax.lax.map(attend, (q, sequence, position), batch_size=min(_TOKENS_AT_ONCE, tokens))
     return out, lse if return_lse else lse[:0]
@@ -96,7 +97,7 @@ def _attend_one(
     heads, dim = q.shape
     context, kv_heads = k.shape[1:3]
     key_position = jnp.arange(context, dtype=jnp.int32)
-    # Ranks are made equal throughout, for `jax.numpy_rank_promotion("raise")`.
+    # All ranks are made equal explicitly, for `jax.numpy_rank_promotion("raise")`.
     visible = key_position <= position
     visible &= (window <= 0) | (key_position > position - window)
     # A weight of 0 is not enough for masked values: 0 * NaN is NaN.
@@ -117,7 +118,7 @@ def _attend_one(
     largest = scores.max(axis=-1)
     if sinks.size:
         largest = jnp.maximum(largest, sinks)
-    # A row that sees no position has no finite maximum to subtract.
+    # A row that attends to nothing has no finite maximum to subtract.
     shift = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(scores - shift[:, None])
     total = weights.sum(axis=-1)

@@ -1,4 +1,4 @@
-"""The host call that makes logical neighbours neighbours in physical memory."""
+"""The host call that moves blocks so that logical neighbours are physical neighbours."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ class RelocationReport(NamedTuple):
     """What `relocate` did.
 
     Attributes:
-        blocks_moved: blocks copied to another place; one that made room for others and moved again
-            later counts twice.
+        blocks_moved: blocks copied to another place; a block that was moved out of the way and
+            moved again later counts twice.
         bytes_copied: the same in bytes.
-        mappings_before: memory mappings of the process that the pool's slots took before.
-        mappings_after: those that they take now.
-        huge_pages: huge pages that hold cached and shared blocks now, where these were asked for.
-        huge_refused: why there are none, or no more; None: all were made that could be, or none
-            was asked for.
+        mappings_before: memory mappings that the pool's slots took before.
+        mappings_after: memory mappings that they take now.
+        huge_pages: huge pages that now hold cached and shared blocks, if requested.
+        huge_refused: why there are no (or no more) huge pages; None if all possible ones were made,
+            or none were requested.
     """
 
     blocks_moved: int
@@ -33,7 +33,7 @@ class RelocationReport(NamedTuple):
 
 
 class RelocationCalls:
-    """The part of `KVPool` that moves blocks."""
+    """The call of `KVPool` that moves blocks."""
 
     _native: NativePool
     _pool: Any
@@ -45,25 +45,25 @@ class RelocationCalls:
         *,
         huge_pages: bool = False,
     ) -> RelocationReport:
-        """Moves idle blocks so that logical neighbours lie next to each other in memory.
+        """Moves idle blocks so that logical neighbours are adjacent in physical memory.
 
-        Where they do, one memory mapping holds them: the pool needs fewer of the process's
-        mappings (`stats().memory_mappings`), and mapping a prefix in another slot (`fork`,
-        `acquire_prefix`) takes fewer system calls. Only blocks move that no program can write:
-        those of parked slots, cached prefixes, and what occupied slots only read. Contents,
-        logical addresses, references and the prefix cache stay the same. No program waits, and
-        other threads may use the pool meanwhile: for each block that moves a free one is taken,
-        and its own comes free. Without free blocks nothing moves. On CPU only.
+        Adjacent blocks need only one memory mapping: the pool takes fewer of the process's mappings
+        (`stats().memory_mappings`), and mapping a prefix in another slot (`fork`, `acquire_prefix`)
+        takes fewer system calls. Only blocks that no program can write are moved: those of parked
+        slots, cached prefixes, and blocks that occupied slots only read. Contents, logical
+        addresses, references and the prefix cache do not change. No program waits, and other
+        threads may use the pool meanwhile. Each move needs a free block, and frees the old one;
+        without free blocks nothing moves. On CPU only.
 
         Args:
-            max_bytes: the most that is copied, in bytes or as text ("64MiB").
-            slots: a slot, or a list: only what these map moves. None: everything may.
-            huge_pages: also puts cached and shared blocks that fill a huge page (2 MiB on x86-64)
-                into one, where the system can: the program that first reads such a prefix in
-                another slot takes one page fault for it, not one for each few pages. Slots must
-                lie a multiple of a huge page apart, which `max_seq_len` decides. A program that
-                reads these blocks at that moment may wait for the copy of a huge page. The
-                memory of a huge page comes free only with all its blocks, or when the system
+            max_bytes: the most bytes to copy, as a number or as text ("64MiB").
+            slots: a slot, or a list: move only blocks that these map. None: any block.
+            huge_pages: also put cached and shared blocks that fill a huge page (2 MiB on x86-64)
+                into one, if the system can: the first program that reads such a prefix in another
+                slot then takes one page fault instead of one for every few pages. The distance
+                between slots, which follows from `max_seq_len`, must be a multiple of a huge page.
+                A program that reads these blocks meanwhile may wait for the copy of a huge page.
+                The memory of a huge page is freed only with all its blocks, or when the system
                 splits it.
 
         Returns:
@@ -71,8 +71,8 @@ class RelocationCalls:
 
         Raises:
             ValueError: a slot that does not exist, bytes that are not positive.
-            OutOfBlocks: the system had no memory for a block; what had moved before stays moved.
-            KVPageError: a system call failed otherwise, or the pool lives on a GPU.
+            OutOfBlocks: the system had no memory for a block; earlier moves are kept.
+            KVPageError: another system call failed, or the pool is on a GPU.
             PoolClosed: the pool is closed.
         """
         self._native.refuse_mesh("relocate")

@@ -28,7 +28,7 @@ def _program(interleaved: bool) -> Any:
 
 
 def _frequencies(inv_freq: Any, spec: CacheSpec) -> np.ndarray:
-    """inv_freq as float32 [num_layers, pairs]."""
+    """Checks inv_freq and converts it to float32 [num_layers, pairs]."""
     array = np.asarray(inv_freq)
     most = spec.head_dim // 2
     shape = array.shape[:-1] in ((), (spec.num_layers,)) and array.ndim > 0
@@ -44,11 +44,10 @@ def _frequencies(inv_freq: Any, spec: CacheSpec) -> np.ndarray:
 
 
 class ReuseCalls:
-    """The part of `KVPool` that copies what sequences have computed to other positions.
+    """The call of `KVPool` that copies keys and values of sequences to other positions.
 
-    The idea is that of CacheBlend (Yao et al., 2024) and EPIC (Hu et al., 2024): texts that many
-    requests quote, retrieved documents for instance, are computed once, and later found anywhere in
-    a prompt.
+    As in CacheBlend (Yao et al., 2024) and EPIC (Hu et al., 2024), texts that many requests quote,
+    for example retrieved documents, are computed once and reused anywhere in a prompt.
     """
 
     spec: CacheSpec
@@ -93,52 +92,51 @@ class ReuseCalls:
         inv_freq: Any,
         interleaved: bool = False,
     ) -> KVCache:
-        """Extends sequences by segments of others, at other positions: an approximation.
+        """Appends segments of other sequences, moved to new positions: an approximation.
 
         Tokens `begin` to `begin + count - 1` of `source` become the next `count` tokens of `slot`,
-        in all layers, without running the model. Their positions are right: keys are rotated by the
+        in all layers, without running the model. Their positions are exact: keys are rotated by the
         distance (RoPE). Their contents are not what the model would have computed: each token has
-        seen the tokens before it in `source`, and not those before it in `slot`. The first tokens
-        of a segment may be run through the model in place, and only the rest be reused, which
-        lowers the error; `benchmarks/README.md` has figures. As long as the context before the
-        segment differs, no reused token is exact.
+        attended to the tokens before it in `source`, not to those before it in `slot`. To lower
+        the error, run the first tokens of a segment through the model in place and reuse only the
+        rest; `benchmarks/README.md` has figures. If the context before the segment differs, no
+        reused token is exact.
 
-        The prefix cache does not learn of the result: what is committed to this sequence from now
-        on is never found by `acquire_prefix`, nor saved. The same holds for forks that take such
-        tokens. What was committed before is still found. Commit the ids of the segment after this
+        The result does not enter the prefix cache: tokens committed to this sequence from now on
+        are never found by `acquire_prefix`, nor saved. The same holds for forks that contain such
+        tokens. Tokens committed earlier are still found. Commit the ids of the segment after this
         call.
 
-        Models: the angle of each pair of key elements must be position times a constant. That
-        holds for plain RoPE, "linear", "llama3" and "yarn" scaling, whose factor on queries and
-        keys changes nothing here; with "dynamic" scaling it holds up to the trained length. ALiBi
-        slopes are applied when keys are read: with these, frequencies of 0 are right.
+        Models: the angle of each pair of key elements must be the position times a constant. That
+        holds for plain RoPE and for "linear", "llama3" and "yarn" scaling, whose factor on queries
+        and keys does not matter here; with "dynamic" scaling it holds up to the trained length.
+        ALiBi slopes are applied when keys are read, so use frequencies of 0 with ALiBi.
 
         Args:
             cache: the newest cache.
-            slot: an occupied slot, or a list; of each, room for `count` more tokens must be mapped
+            slot: an occupied slot, or a list; each must have room mapped for `count` more tokens
                 (`extend`).
-            source: another occupied slot, or a list. It stays unchanged, and is not released
+            source: another occupied slot, or a list. It is not changed, and must not be released
                 before the call.
             begin: first token to copy, or a list.
             count: number of tokens, or a list. They must be committed to `source`.
             inv_freq: floats [n] or [num_layers, n], n at most head_dim / 2: the angle between two
                 neighbouring positions, for each pair of elements of a key. Zeros for layers without
-                RoPE. Elements behind the first 2n are copied (partial rotary embedding).
-            interleaved: whether a pair is elements 2i and 2i + 1 (GPT-J) and not i and i + n.
+                RoPE. Elements after the first 2n are copied unchanged (partial rotary embedding).
+            interleaved: whether pair i is elements 2i and 2i + 1 (GPT-J), instead of i and i + n.
 
         Returns:
             The next cache, in which the slots are `count` tokens longer.
 
         Raises:
-            ValueError: a list of another length, more tokens than are committed, a slot that does
-                not exist or is named twice, a slot that is a target and a source, a malformed
+            ValueError: lists of different lengths, more tokens than are committed, a slot that does
+                not exist or is named twice, a slot that is both target and source, a malformed
                 inv_freq, a cache of another spec.
             KVPageError: a slot is not occupied, or the tokens were dropped (`drop_before`).
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
-            jax.errors.JaxRuntimeError: when run: a stale cache, no room, tokens that are not
-                written, or a slot with more committed tokens than it has. On CUDA it is a recorded
-                fault.
+            jax.errors.JaxRuntimeError: at run time: a stale cache, no room, tokens that are not
+                written, or a slot with more committed tokens than its length. On CUDA, DeviceFault.
         """
         self._native.refuse_mesh("reuse_segment")
         self._queue.check_cache("reuse_segment", cache)

@@ -24,9 +24,9 @@ class SavedPrefixes(NamedTuple):
     """What `save_prefixes` did.
 
     Attributes:
-        tokens: tokens that the store has now of what was to be saved. What two sequences have in
-            common counts once.
-        written: those of them that it did not have before.
+        tokens: how many of the tokens to save the store has now. A prefix shared by several
+            sequences counts once.
+        written: how many of these it did not have before.
     """
 
     tokens: int
@@ -37,10 +37,10 @@ class LoadedPrefixes(NamedTuple):
     """What `load_prefixes` did, in tokens.
 
     Attributes:
-        tokens: loaded: `acquire_prefix` finds them from now on.
-        present: in the pool's memory already. Of what two files hold one counts here.
-        no_room: not loaded, because no blocks were free.
-        lost: not loaded, because a file was damaged or gone, or what comes before is not there.
+        tokens: loaded; `acquire_prefix` finds them from now on.
+        present: already in the pool's memory. Tokens in two files count here the second time.
+        no_room: not loaded because no blocks were free.
+        lost: not loaded because a file was damaged or gone, or the tokens before them are missing.
     """
 
     tokens: int
@@ -50,7 +50,7 @@ class LoadedPrefixes(NamedTuple):
 
 
 class SavingCalls:
-    """The part of `KVPool` that saves and loads prefixes."""
+    """The calls of `KVPool` that save and load prefixes."""
 
     _native: NativePool
     _pool: Any
@@ -67,26 +67,26 @@ class SavingCalls:
     ) -> SavedPrefixes:
         """Writes prefixes that are in memory to a store, for other pools and processes.
 
-        Whole blocks are saved, of tokens that were committed and whose keys and values programs
-        have written: `pool.check(cache)` waits for those in flight. Blocks that are stored already
-        are not written again. Other threads may use the pool meanwhile. On CPU only.
+        Saves full blocks of tokens that were committed and whose keys and values programs have
+        written; `pool.check(cache)` waits for programs in flight. Blocks already in the store are
+        not written again. Other threads may use the pool meanwhile. On CPU only.
 
         Args:
-            store: an open store; or the path of a directory, which gets no limit. None: the
-                pool's store.
-            token_ids: ids of one sequence, or a list of several: the part of them that is in
-                memory is saved. None: all that `acquire_prefix` could find, in all namespaces.
-            namespace: that of the sequences, as for `acquire_prefix`.
-            fingerprint: with a path, that of `BlockStore`.
+            store: an open store; or the path of a directory, without a limit. None: the pool's
+                store.
+            token_ids: the ids of one sequence, or a list of several; their prefixes in memory are
+                saved. None: everything that `acquire_prefix` could find, in all namespaces.
+            namespace: the namespace of the sequences, as for `acquire_prefix`.
+            fingerprint: with a path, the fingerprint for `BlockStore`.
 
         Returns:
             How many tokens are stored now, and how many of them were written.
 
         Raises:
-            ValueError: ids that int32 cannot hold, a namespace without token_ids, a fingerprint
-                beside an open store, no store where the pool has none.
-            OutOfBlocks: the disk, or the store with its limit, is full.
-            KVPageError: a write failed otherwise, or the pool lives on a GPU.
+            ValueError: ids that do not fit int32, a namespace without token_ids, a fingerprint
+                together with an open store, no store given although the pool has none.
+            OutOfBlocks: the disk is full, or the store has reached its limit.
+            KVPageError: another write error, or the pool is on a GPU.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or the store is closed.
         """
@@ -110,21 +110,22 @@ class SavingCalls:
     ) -> LoadedPrefixes:
         """Reads all prefixes that a store has for this pool, so that `acquire_prefix` finds them.
 
-        Files of a cache with other layers, heads, storage type, layout or block size are left
-        alone, as are those with another fingerprint. Free blocks are filled; nothing is evicted
-        for what is loaded, which may be evicted later as anything cached. Other threads may use
-        the pool meanwhile. On CPU only.
+        Files of caches with other layers, heads, storage type, layout or block size, or with
+        another fingerprint, are ignored. Only free blocks are filled: nothing is evicted. Loaded
+        prefixes may be evicted later like any others. Other threads may use the pool meanwhile. On
+        CPU only.
 
         Args:
             store: an open store, or the path of a directory. None: the pool's store.
-            fingerprint: with a path, that of `BlockStore`.
+            fingerprint: with a path, the fingerprint for `BlockStore`.
 
         Returns:
             How many tokens were loaded, and how many were not and why.
 
         Raises:
-            ValueError: a fingerprint beside an open store, no store where the pool has none.
-            KVPageError: the directory cannot be read, or the pool lives on a GPU.
+            ValueError: a fingerprint together with an open store, no store given although the pool
+                has none.
+            KVPageError: the directory cannot be read, or the pool is on a GPU.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or the store is closed.
         """
@@ -134,11 +135,11 @@ class SavingCalls:
 
 
 def check_store(store: Any, place: Place, write_ahead: Any) -> float:
-    """Refuses what cannot lie below a new pool's memory; the share to write ahead.
+    """Checks the store of a new pool; returns the share of the capacity to write ahead.
 
     Raises:
-        ValueError: not a store, a share that is none.
-        KVPageError: a store of the other platform's kind.
+        ValueError: not a store, or an invalid share.
+        KVPageError: a store for another platform.
         PoolClosed: the store is closed.
     """
     ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
@@ -162,7 +163,7 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
 
 @contextmanager
 def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -> Iterator[Any]:
-    """The compiled store; one that was given as a path is closed at the end."""
+    """Yields the compiled store; closes it at the end if it was given as a path."""
     if pool.sharding is not None:
         raise ValueError(
             f"{call}: a pool over a mesh keeps no prefixes in a store so far, only swapped "

@@ -1,4 +1,4 @@
-"""Host calls on sequences that share blocks or give some up."""
+"""Host calls that share blocks between sequences, or drop some of them."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -16,7 +16,7 @@ __all__ = ["SharingCalls"]
 
 
 def _per_slot(op: str, slot: Any, num_tokens: Any) -> tuple[list[int], list[int]]:
-    """Slots, and a number of tokens for each."""
+    """Converts arguments to lists of slots and of numbers of tokens, of the same length."""
     slots, _ = host_ints(f"{op}: slot", slot)
     tokens, single = host_ints(f"{op}: num_tokens", num_tokens)
     if single:
@@ -27,12 +27,12 @@ def _per_slot(op: str, slot: Any, num_tokens: Any) -> tuple[list[int], list[int]
 
 
 class SharingCalls:
-    """The part of `KVPool` that makes sequences from others.
+    """The calls of `KVPool` that fork, reorder and shorten sequences.
 
-    Whole blocks of committed tokens are mapped in both slots: no bytes move, and no memory is
-    taken. The last, partial block is copied. Neither sequence can write what the other reads:
-    positions in shared blocks are refused. Block sharing and copy-on-write are those of vLLM's
-    PagedAttention (Kwon et al., 2023); here the page table does them, so that kernels see plain
+    A fork maps the full blocks of committed tokens in both slots, without copying or allocating.
+    The last, partial block is copied. Neither sequence can write what the other reads: writes to
+    positions in shared blocks are refused. Block sharing and copy-on-write follow vLLM's
+    PagedAttention (Kwon et al., 2023), but are done by the page table, so that kernels see
     contiguous slots.
     """
 
@@ -44,24 +44,24 @@ class SharingCalls:
     def fork(
         self, cache: KVCache, slot: int, n: int, num_tokens: int | None = None
     ) -> tuple[list[int], KVCache]:
-        """Makes `n` new sequences with the first tokens of another.
+        """Makes `n` new sequences that begin with the first tokens of another.
 
-        Nothing waits for the device. Each new slot has room for the tokens that it starts with;
-        `extend` or `map_slots` makes room for more, in blocks that are its own.
+        Does not wait for the device. Each new slot has room for the tokens that it starts with;
+        `extend` or `map_slots` maps room for more, in private blocks.
 
         Args:
             cache: the newest cache.
             slot: an occupied slot, the donor.
-            n: how many sequences to make.
-            num_tokens: how many tokens they start with, at most what was committed (`commit`) to
-                the donor; None: all of those. Their keys and values must be written when the queued
-                program runs, or it fails and the donor is unchanged.
+            n: the number of new sequences.
+            num_tokens: how many tokens they start with, at most those committed (`commit`) to the
+                donor; None: all of these. Their keys and values must have been written when the
+                queued program runs; otherwise it fails, and the donor is unchanged.
 
         Returns:
             (slots, cache). The slots have length `num_tokens` and the donor's committed ids.
 
         Raises:
-            OutOfBlocks: no blocks for the partial copies; nothing has changed.
+            OutOfBlocks: no blocks for the copies of partial blocks; nothing has changed.
             OutOfSlots: not enough slots; nothing has changed.
             ValueError: more tokens than are committed, a slot that does not exist, a cache of
                 another spec.
@@ -82,22 +82,22 @@ class SharingCalls:
     def reorder(
         self, cache: KVCache, slots: Sequence[int], parents: Sequence[int]
     ) -> tuple[list[int], KVCache]:
-        """Continues beams: sequence i of the result goes on from sequence `parents[i]`.
+        """Reorders beams: sequence i of the result continues sequence `parents[i]`.
 
-        A parent's first child keeps its slot, the others are forks of it with all its committed
-        tokens, and sequences without children are released. The new forks need free slots before
-        the dead ones have drained: beams of width w take up to 2w slots.
+        A parent's first child keeps its slot, its other children are forks of it with all its
+        committed tokens, and sequences without children are released. The forks need free slots
+        before the released ones have drained: w beams take up to 2w slots.
 
         Args:
             cache: the newest cache.
             slots: the beams' slots, each once.
-            parents: for each beam of the result an index into `slots`.
+            parents: for each beam of the result, an index into `slots`.
 
         Returns:
             (slots, cache): a slot for each entry of `parents`.
 
         Raises:
-            OutOfBlocks: no blocks for the partial copies; nothing has changed.
+            OutOfBlocks: no blocks for the copies of partial blocks; nothing has changed.
             OutOfSlots: not enough slots; nothing has changed.
             ValueError: a parent that does not exist, a slot named twice, a cache of another spec.
             KVPageError: a slot is not occupied, or the process has no memory mappings left.
@@ -136,20 +136,21 @@ class SharingCalls:
     ) -> KVCache: ...
 
     def truncate(self, cache: KVCache, slot: Any, num_tokens: Any) -> KVCache:
-        """Rolls sequences back to fewer tokens, committed ones too.
+        """Rolls sequences back to fewer tokens, including committed ones.
 
-        Unlike `set_lengths` in a program, this may go below what is committed or shared with other
-        sequences. Those keep their blocks; the slot gets a private copy of each block that it still
-        shares from the new length on. Blocks stay mapped. On CPU nothing waits; on CUDA a call that
-        must exchange blocks waits for the programs that are queued.
+        Unlike `set_lengths` in a program, this may remove tokens that are committed or shared with
+        other sequences. Those keep their blocks; the slot gets a private copy of each shared block
+        from the new length on. Blocks stay mapped. On CPU this does not wait; on CUDA, a call that
+        must replace blocks waits for queued programs.
 
         Args:
             cache: the newest cache.
             slot: an occupied slot, or a list.
-            num_tokens: the new length, at most the present one, or a list as long as slot's.
+            num_tokens: the new length, at most the present one, or a list with an entry for each
+                slot.
 
         Returns:
-            The next cache. Programs that still read the old one fail as stale.
+            The next cache. Programs that still read an older cache fail as stale.
 
         Raises:
             OutOfBlocks: no blocks for the private copies; nothing has changed.
@@ -165,7 +166,7 @@ class SharingCalls:
             self._native.call(self._pool.shares_behind, *pair)
             for pair in zip(slots, lengths, strict=True)
         ):
-            # What lies behind the new length is unmapped here, and not by a program.
+            # The blocks after the new length are unmapped by the host, not by a program.
             wait_for((cache.epoch, cache.lengths))
             self._queue.settle()
         return self._queue.truncate(cache, slots, lengths)
@@ -179,30 +180,30 @@ class SharingCalls:
     ) -> KVCache: ...
 
     def drop_before(self, cache: KVCache, slot: Any, num_tokens: Any) -> KVCache:
-        """Gives back the blocks that the sliding window of a model has left behind.
+        """Frees the blocks that are no longer in the sliding window of a model.
 
-        Whole blocks of tokens below `num_tokens` return to the pool while the sequence goes on.
+        Full blocks of tokens below `num_tokens` return to the pool while the sequence continues.
         Positions do not change: its length still counts from 0, and the slot begins with a hole.
         With window W, a step whose first new token is at position p needs the tokens from
         p - W + 1 on; so after a step that ended at length n, `drop_before(cache, slot, n - W + 1)`
         keeps what the next one needs. Call it every few blocks, not for every token: each call that
-        gives something back queues a small program, and on CUDA it waits for the programs that are
-        queued (counted in `stats().waits`). On CPU nothing waits.
+        frees something queues a small program, and on CUDA it waits for the queued programs
+        (counted in `stats().waits`). On CPU it does not wait.
 
-        From then on every attention over the slot must have a `sliding_window` that begins behind
-        what was dropped, in all layers: any other read fails (on CUDA it is a recorded fault). That
-        includes `read_kv` and `implementation="xla"`, which copy the whole slot. Views show zeros
-        there. The sequence can no longer be forked, found by `acquire_prefix`, or become shorter
-        than what was dropped; it can be extended, committed, reordered without being forked, and
-        released, and then its blocks go back to the pool. Blocks that other sequences share, or
-        that the prefix cache refers to, stay with those.
+        Afterwards, every attention over the slot must use a `sliding_window` that begins after the
+        dropped tokens, in all layers: any other read fails (a DeviceFault on CUDA). That includes
+        `read_kv` and `implementation="xla"`, which copy the entire slot. Views show zeros there.
+        The sequence can no longer be forked, found by `acquire_prefix`, or truncated into the
+        dropped part; it can be extended, committed, reordered without being forked, and released,
+        which returns its blocks to the pool. Dropped blocks that other sequences share, or that the
+        prefix cache refers to, are kept for those.
 
         Args:
             cache: the newest cache.
             slot: an occupied slot, or a list.
-            num_tokens: the first token that is still needed, at most the length, or a list as long
-                as slot's. The same or less than in an earlier call does nothing; nor does a
-                negative number.
+            num_tokens: the first token that is still needed, at most the length, or a list with an
+                entry for each slot. A negative number, or no more than in an earlier call, does
+                nothing.
 
         Returns:
             The next cache. Programs may still read through the old one, within the same limits.
@@ -210,7 +211,7 @@ class SharingCalls:
         Raises:
             ValueError: num_tokens beyond what is mapped (on CUDA: beyond the length), a slot that
                 does not exist or is named twice, a cache of another spec, a pool over several GPUs.
-            KVPageError: the slot is not occupied; on CUDA also: the cache is stale.
+            KVPageError: the slot is not occupied; on CUDA also a stale cache.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
@@ -222,9 +223,9 @@ class SharingCalls:
         self._queue.check_cache("drop_before", cache)
         slots, begins = _per_slot("drop_before", slot, num_tokens)
         pairs = list(zip(slots, begins, strict=True))
-        stamp = (0, 0)  # without a mirror the program checks the cache
+        stamp = (0, 0)  # without a mirror, the program checks the cache
         if self._native.mirrored and any(self._native.call(self._pool.drops, *p) for p in pairs):
-            # The blocks are unmapped here, and not by a program.
+            # The blocks are unmapped by the host, not by a program.
             wait_for((cache.epoch, cache.lengths))
             self._queue.settle()
             lengths = np.asarray(cache.lengths)

@@ -1,7 +1,7 @@
 """CacheSpec: shape of a KV cache, and the layout of its memory in slots, ranges and blocks.
 
-The layout arithmetic is here and nowhere else in Python; the C++ core computes the same numbers
-from the eight integers of `CacheSpec.as_ints` and the block size.
+All layout arithmetic in Python is here; the C++ core computes the same numbers from the eight
+integers of `CacheSpec.as_ints` and the block size.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ __all__ = ["CacheSpec"]
 
 Layout = Literal["fused", "per_layer"]
 
-# Bytes of the smallest mappable unit of memory: a page, or CUDA's allocation granularity.
+# The smallest mappable unit of memory, in bytes: a page, or CUDA's allocation granularity.
 GRANULE_BYTES = {"cpu": 4096, "cuda": 2 * 1024 * 1024}
 DEFAULT_LAYOUT: dict[str, Layout] = {"cpu": "fused", "cuda": "fused"}
 
@@ -32,8 +32,8 @@ DTYPE_CODES: dict[Any, int] = {
 # Stored with a float32 scale for each token and KV head, for keys and for values (quantize.py).
 QUANTIZED_DTYPES = frozenset({np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn)})
 SCALE_BYTES = 4
-# The largest value of each size. Positions are int32, also those at the end of the last block; the
-# tables of a pool, on the host and in a program, have a row for each slot.
+# The largest value of each size. Positions are int32, up to the end of the last block; a pool's
+# tables, on the host and in programs, have a row for each slot.
 _LARGEST = {
     "num_layers": MAX_INT32,
     "num_kv_heads": MAX_INT32,
@@ -41,8 +41,8 @@ _LARGEST = {
     "max_slots": 2**20,
     "max_seq_len": MAX_INT32 // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
 }
-# Ranges of all slots together. The host's tables have four bytes for each slot and layer, half a
-# GiB at this limit; they name blocks only where some are mapped.
+# Limit on the ranges of all slots together. The host's tables take four bytes for each slot and
+# layer, half a GiB at this limit; block numbers are stored only for mapped blocks.
 _MAX_RANGES = 2**28
 _MAX_INT64 = 2**63 - 1
 
@@ -60,23 +60,23 @@ def _raise_all(what: str, reasons: list[str]) -> None:
 class CacheSpec:
     """Shape, storage and memory layout of a KV cache.
 
-    A spec is a hashable value and static metadata of `KVCache`; programs compiled for one spec
-    serve every pool of that spec. `layout` and `block_tokens` may be None at first; `resolve`
-    (which `KVPool` calls) chooses them for a platform.
+    A spec is hashable and is static metadata of `KVCache`; programs compiled for a spec work with
+    every pool of that spec. `layout` and `block_tokens` may be None at first; `resolve`, which
+    `KVPool` calls, chooses them for a platform.
 
     Attributes:
         num_layers: number of transformer layers L.
         num_kv_heads: key/value heads of each layer.
         head_dim: elements of one head, the same for keys and values.
-        max_slots: number of sequences that can live in the cache at the same time, at most 2**20.
-        max_seq_len: tokens that one slot has virtual memory for, at most 2**31 - 16.
-        dtype: storage type: float32, bfloat16 or float16, or quantized on append: int8 or
-            float8_e4m3fn, with a float32 scale for each token and head of keys and of values.
+        max_slots: number of sequences that the cache can hold at the same time, at most 2**20.
+        max_seq_len: tokens for which each slot has virtual memory, at most 2**31 - 16.
+        dtype: storage type: float32, bfloat16 or float16; or int8 or float8_e4m3fn, quantized on
+            append, with a float32 scale for each token and head of keys and of values.
         layout: "fused" (a block holds some tokens of all layers), "per_layer" (each layer's K and V
             are separate ranges, dense arrays unless quantized) or None, the platform's default.
         block_tokens: tokens in one physical block, a multiple of 16, or None for a size that suits
             the model.
-        granule: bytes of the smallest mappable piece of memory on the platform; set by `resolve`.
+        granule: bytes of the platform's smallest mappable unit of memory; set by `resolve`.
 
     Raises:
         ValueError: lists every invalid value.
@@ -91,11 +91,11 @@ class CacheSpec:
     layout: Layout | None = None
     block_tokens: int | None = None
     granule: int | None = dataclasses.field(default=None, kw_only=True)
-    # Not a field: `dataclasses.asdict` must give what the constructor takes.
+    # Not a field: `dataclasses.asdict` must return only arguments of the constructor.
     _hash: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        """Checks and normalises all values."""
+        """Checks and normalizes all values."""
         reasons = []
         for name, most in _LARGEST.items():
             value = getattr(self, name)
@@ -105,7 +105,7 @@ class CacheSpec:
                 object.__setattr__(self, name, int(value))
         try:
             dtype = np.dtype(self.dtype)
-        except (TypeError, ValueError, SyntaxError, KeyError):  # as numpy says no
+        except (TypeError, ValueError, SyntaxError, KeyError):  # NumPy raises any of these
             dtype = None
         if dtype not in DTYPE_CODES:
             supported = ", ".join(d.name for d in DTYPE_CODES)
@@ -137,11 +137,11 @@ class CacheSpec:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __hash__(self) -> int:
-        """Cached: dispatching a jitted program hashes the static parts of its arguments."""
+        """Cached, because each dispatch of a jitted program hashes the static arguments."""
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        """Equal values; identical objects, as in every step of a loop, compare fast."""
+        """Compares values; fast for identical objects, the usual case in a loop of steps."""
         if self is other:
             return True
         if not isinstance(other, CacheSpec):
@@ -149,7 +149,7 @@ class CacheSpec:
         return hash(self) == hash(other) and self._values() == other._values()
 
     def __reduce__(self) -> Any:
-        """Drops the cached hash: hashes of strings differ between processes."""
+        """Drops the cached hash, because hashes of strings differ between processes."""
         return _rebuild, self._values()
 
     def resolve(self, platform: str, capacity: int | None = None) -> "CacheSpec":
@@ -157,17 +157,17 @@ class CacheSpec:
 
         Args:
             platform: "cpu" or "cuda".
-            capacity: bytes of physical memory that the pool will have. When given, on CPU and with
-                `block_tokens` None, blocks are made so large that the pool can need no more than
-                its share of the mappings that the system allows this process
-                (vm.max_map_count), less those promised to pools made before.
+            capacity: bytes of physical memory that the pool will have. If it is given, the platform
+                is CPU and `block_tokens` is None, blocks are made so large that the pool needs no
+                more than its share of the mappings that the system allows this process
+                (vm.max_map_count), less those promised to earlier pools.
 
         Returns:
             A spec with layout, block_tokens and granule set.
 
         Raises:
-            ValueError: the platform is unknown, the given `block_tokens` cannot work there, the
-                capacity is not a positive number, or the sizes are too large together.
+            ValueError: an unknown platform, a `block_tokens` that cannot work there, a capacity
+                that is not a positive integer, or sizes whose product is too large.
         """
         if platform not in GRANULE_BYTES:
             known = " or ".join(repr(name) for name in GRANULE_BYTES)
@@ -191,7 +191,7 @@ class CacheSpec:
                 spec._block_token_bytes(),
                 unit,
                 spec._may_pad,
-                # Memory on a device takes none of the process's mappings.
+                # GPU memory takes none of the process's mappings.
                 int(capacity) if capacity is not None and platform == "cpu" else None,
             )
             spec = dataclasses.replace(spec, block_tokens=tokens)
@@ -226,16 +226,16 @@ class CacheSpec:
         _raise_all("CacheSpec", reasons)
 
     def _block_token_bytes(self) -> int:
-        """Bytes that one token takes in one block: all layers (fused), or one layer's K or V."""
+        """Bytes of one token in one block: of all layers (fused), or of one layer's K or V."""
         return self.token_bytes // self.num_ranges
 
     @property
     def _may_pad(self) -> bool:
-        """Whether blocks may end in padding; not possible where slots are dense arrays."""
+        """Whether blocks may end in padding; not if slots must be dense arrays."""
         return self.layout == "fused" or self.quantized
 
     def _token_unit(self) -> int:
-        """Multiples of this many tokens fill whole granules exactly."""
+        """The smallest multiple of 16 tokens that exactly fills whole granules."""
         assert self.granule is not None
         per_granule = self.granule // math.gcd(self.granule, self._block_token_bytes())
         return math.lcm(TOKEN_MULTIPLE, per_granule)
@@ -260,7 +260,7 @@ class CacheSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all layers, K and V, scales included."""
+        """Bytes of one token over all layers, K and V, including scales."""
         row_bytes = self.head_dim * np.dtype(self.dtype).itemsize
         row_bytes += SCALE_BYTES if self.quantized else 0
         return 2 * self.num_layers * self.num_kv_heads * row_bytes
@@ -280,7 +280,7 @@ class CacheSpec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one physical block, padding included."""
+        """Bytes of one physical block, including padding."""
         block_tokens, granule = self._require_resolved("block_bytes")
         return round_up(block_tokens * self._block_token_bytes(), granule)
 
@@ -299,8 +299,8 @@ class CacheSpec:
         """The most bytes that a slot can have mapped beyond those of its tokens.
 
         A slot of n tokens has b = ceil(n / block_tokens) blocks mapped in each range, so it wastes
-        `b * block_bytes * num_ranges - n * token_bytes`. That is largest for a full slot whose last
-        block holds one token: padding adds up with every block, so the longest sequence is worst.
+        `b * block_bytes * num_ranges - n * token_bytes`. The maximum is at the largest b, because
+        every block may have padding, with a single token in the last block.
         """
         block_tokens, _ = self._require_resolved("tail_waste_bytes")
         blocks = self.blocks_per_range
@@ -308,7 +308,7 @@ class CacheSpec:
         return blocks * self.block_bytes * self.num_ranges - fewest_tokens * self.token_bytes
 
     def as_ints(self) -> tuple[int, ...]:
-        """The fingerprint that compiled programs and the pool compare: eight integers.
+        """The eight integers by which compiled programs and the pool compare specs.
 
         Returns:
             num_layers, num_kv_heads, head_dim, max_slots, max_seq_len, dtype code (float32 0,

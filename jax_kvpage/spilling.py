@@ -1,4 +1,4 @@
-"""The store below a pool's memory: what is there, bringing it back, and what has happened."""
+"""Host calls on the store below a pool's memory: look-up, prefetch, and statistics."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,34 +11,34 @@ __all__ = ["SpillStats", "SpillingCalls", "as_share"]
 
 
 class SpillStats(NamedTuple):
-    """What a pool has had from memory and from its store since it was made.
+    """How many tokens a pool got from memory and from its store since it was created.
 
     Attributes:
-        queries: tokens that requests of `acquire_prefix` have asked for.
-        memory_hits: of these, tokens that were found where they had been computed.
-        store_hits: tokens that were found because they had been read from the store; each counts
-            at the first request that finds it.
-        prefetches: calls of `prefetch` that have read something.
-        tokens_fetched: tokens that they have brought into memory.
-        bytes_fetched: their keys and values.
-        fetch_seconds: how long these calls have taken together, from the call to the tokens being
-            findable.
-        longest_fetch_seconds: how long the slowest of them has taken.
+        queries: tokens requested by `acquire_prefix`.
+        memory_hits: requested tokens that were found in memory without having been read back.
+        store_hits: requested tokens that were found because they had been read from the store; each
+            counts only for the first request that finds it.
+        prefetches: calls of `prefetch` that read something.
+        tokens_fetched: tokens that they read into memory.
+        bytes_fetched: bytes of their keys and values.
+        fetch_seconds: total time of these calls, until the tokens can be found.
+        longest_fetch_seconds: time of the slowest of them.
         fetch_seconds_median: the median of the latest 512 of them; 0: none yet.
-        fetch_seconds_p95: how long 95 in 100 of these took at most.
-        missed: tokens that were stored and that `prefetch` has not brought, by reason: "slower"
-            (than computing them), "no room", "evicted" (what comes before them, during the read),
-            and those that `StoreStats.missed` has ("unreadable": a copy from host memory failed).
-        read_bytes_per_second: of the store's latest reads; 0: none yet.
-        tokens_written: written ahead (`KVPool(write_ahead=...)`).
-        bytes_written: their keys and values.
-        write_seconds: how long these writes have taken together; two may go on at a time.
+        fetch_seconds_p95: their 95th percentile.
+        missed: stored tokens that `prefetch` did not read, by reason: "slower" (than computing
+            them), "no room", "evicted" (the tokens before them were, during the read), and the
+            reasons of `StoreStats.missed` ("unreadable": a copy from host memory failed).
+        read_bytes_per_second: rate of the store's latest reads; 0: none yet.
+        tokens_written: tokens written ahead (`KVPool(write_ahead=...)`).
+        bytes_written: bytes of their keys and values.
+        write_seconds: total time of these writes, of which two may run at a time.
         write_seconds_median: the median of the latest 512 of them, each of some blocks of a
             sequence; 0: none yet.
-        write_seconds_p95: how long 95 in 100 of these took at most.
+        write_seconds_p95: their 95th percentile.
         failed_writes: runs of blocks that could not be written ahead; `StoreStats.last_error`, or
-            that of `HostStoreStats.prefixes`, says why. Nothing is tried for a second then.
-        tokens_dropped: evicted in whole blocks that had not been written.
+            the one in `HostStoreStats.prefixes`, says why. After a failure, writes pause for a
+            second.
+        tokens_dropped: tokens evicted in full blocks that had not been written.
     """
 
     queries: int
@@ -63,19 +63,19 @@ class SpillStats(NamedTuple):
 
 
 class SpillingCalls(SwappingCalls):
-    """The part of `KVPool` that reads back what its store has; without a store that is nothing."""
+    """The calls of `KVPool` that read from its store; without a store they find nothing."""
 
     def stored_prefix(self, token_ids: Any, namespace: str | None = None) -> int:
-        """How many of the first tokens of a sequence the pool's store has, in whole blocks.
+        """How many of the first tokens of a sequence the pool's store has, in full blocks.
 
-        The look-up is made in memory. `find_prefix` says how many the pool's memory has.
+        The look-up reads no files. `find_prefix` tells how many are in the pool's memory.
 
         Args:
-            token_ids: ids of the sequence's tokens, int32[n] or a list of ints.
+            token_ids: the sequence's token ids, int32[n] or a list of ints.
             namespace: as for `acquire_prefix`.
 
         Raises:
-            ValueError: ids that int32 cannot hold.
+            ValueError: ids that do not fit int32.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool is closed.
         """
@@ -91,33 +91,32 @@ class SpillingCalls(SwappingCalls):
         *,
         prefill_tokens_per_second: float | None = None,
     ) -> Ticket:
-        """Begins to read what the store has of a sequence, or a swapped sequence.
+        """Starts to read the stored part of a sequence, or a swapped sequence.
 
-        Of a sequence that is given by its tokens, it reads what lies behind those in memory. Of one
-        that `swap_out` has returned, it reads all that is in the store, so that `swap_in` need not
-        wait; where it was not written yet it stays in memory.
+        Given token ids, it reads the stored tokens that follow those in memory. Given a result of
+        `swap_out`, it reads everything that is in the store, so that `swap_in` need not wait;
+        blocks that were not written yet stay in memory.
 
-        The call does not wait. The store's threads read into free blocks, for which unneeded
-        memory and then the least valuable prefixes give way, as for `acquire_prefix`. Once the
-        ticket is ready, `acquire_prefix` finds the tokens. Until then the blocks are taken. What
-        cannot be read is a miss: `ticket.error` says why, and the blocks are free again.
+        The call does not wait. The store's threads read into free blocks; if there are too few,
+        unneeded memory and then the least valuable prefixes are reclaimed, as for `acquire_prefix`.
+        Until the ticket is ready, the blocks are in use; then `acquire_prefix` finds the tokens.
+        What cannot be read is a miss: `ticket.error` says why, and the blocks are freed.
 
         Args:
-            token_ids: ids of the sequence's tokens, int32[n] or a list of ints; or what `swap_out`
-                has returned, alone.
+            token_ids: the sequence's token ids, int32[n] or a list of ints; or a result of
+                `swap_out`, without other arguments.
             namespace: as for `acquire_prefix`.
-            prefill_tokens_per_second: how fast the caller computes the tokens instead. They are
-                read only if 9 of 10 of the pool's latest reads, scaled to this size, would take
-                less time. Where nothing has been read yet they are read all the same; and once in
-                16 times that they would not be, they are read beside the caller, whose ticket is
-                ready at once, so that a disk that has become faster is noticed. None: whatever is
-                stored is read.
+            prefill_tokens_per_second: how fast the caller could compute the tokens instead. They
+                are read only if that would take longer than 9 of 10 of the pool's latest reads,
+                scaled to this size, or if there were no reads yet. Every 16th time that this
+                decides against a read, it is done in the background and the ticket is ready
+                immediately, so that a faster disk is noticed. None: everything stored is read.
 
         Raises:
-            ValueError: ids that int32 cannot hold, a speed that is none, a sequence that another
-                pool has swapped.
+            ValueError: ids that do not fit int32, an invalid rate, a swapped sequence of another
+                pool.
             OutOfBlocks: not enough blocks for a swapped sequence; nothing has changed.
-            KVPageError: a swapped sequence that was already swapped in or dropped.
+            KVPageError: a swapped sequence that was swapped in or dropped.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or its store is closed.
         """
@@ -138,7 +137,7 @@ class SpillingCalls(SwappingCalls):
         return Ticket(self._native.call(self._pool.prefetch, space, ids, float(rate)))
 
     def spill_stats(self) -> SpillStats:
-        """What has come from memory and from the store, and what has not, and why.
+        """How many tokens came from memory and from the store, and why others did not.
 
         Raises:
             PoolClosed: the pool is closed.
@@ -169,10 +168,10 @@ class SpillingCalls(SwappingCalls):
 
 
 def as_share(name: str, value: Any) -> float:
-    """A number from 0 to 1.
+    """Converts a number from 0 to 1 to float.
 
     Raises:
-        ValueError: it is none.
+        ValueError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}: wanted a share from 0 to 1, got {value!r}")

@@ -1,4 +1,4 @@
-"""PoolStats, SlotInfo and BlockInfo: what a pool tells about itself."""
+"""PoolStats, SlotInfo, BlockInfo and MemoryRange: the state of a pool."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,31 +22,30 @@ class PoolStats:
     """A snapshot of a pool's accounts. Sizes are in bytes.
 
     `capacity == mapped + parked + draining + free`: a block that several slots map counts once, for
-    the one that will keep it longest.
+    the slot that will keep it longest.
 
     Attributes:
-        capacity: the budget, in whole blocks.
-        mapped: in slots that a live request occupies, set aside for one (`truncate`), kept for a
-            swapped one, or being read into (`prefetch`, `load_prefixes`).
-        parked: mapped in unoccupied slots, where the next request adopts them, or kept for the
-            prefix cache.
-        draining: in released slots that a program in flight may still touch, or on the way to the
-            store (`swap_out`).
+        capacity: the capacity, rounded down to whole blocks.
+        mapped: in occupied slots, set aside for one (`truncate`), kept for a swapped sequence, or
+            being read into (`prefetch`, `load_prefixes`).
+        parked: mapped in free slots, which the next request reuses, or kept for the prefix cache.
+        draining: in released slots that a program in flight may still access, or being written to
+            the store (`swap_out`).
         free: without an owner.
         shared: in blocks that more than one slot maps.
         cached: in blocks that the prefix cache can find, mapped or not.
         reserved_virtual: address space of all slots.
-        peak: the most that was ever mapped, parked and draining together.
-        physical: memory that the system says is allocated for blocks (free blocks stay allocated,
-            ready for use, until `trim`).
+        peak: the maximum so far of mapped, parked and draining together.
+        physical: memory that the system has allocated for blocks (free blocks stay allocated for
+            reuse until `trim`).
         block_bytes: size of one block.
         blocks_total: capacity in blocks.
         blocks_mapped: mapped in blocks.
         blocks_parked: parked in blocks.
         blocks_draining: draining in blocks.
         blocks_free: free in blocks.
-        blocks_spare: of those mapped, blocks that live requests have beyond what they asked for;
-            others get them under pressure.
+        blocks_spare: mapped blocks that live requests have beyond what they asked for; other
+            requests can take them when blocks run out.
         blocks_shared: shared in blocks.
         blocks_cached: cached in blocks.
         slots_occupied: slots with a live request.
@@ -54,27 +53,27 @@ class PoolStats:
         slots_parked: free slots with blocks still mapped.
         system_calls: calls into the system's memory management so far (mmap, fallocate, ...).
         memory_mappings: memory mappings of the process that the slots' blocks take on CPU, where
-            neighbours in memory have one in common (`KVPool.relocate`); 0 on CUDA.
+            blocks that are adjacent in memory share one (`KVPool.relocate`); 0 on CUDA.
         waits: how often a host call had to wait for programs.
-        prefix_queries: tokens that requests of `acquire_prefix` have asked for.
-        prefix_hits: of these, tokens that were found.
+        prefix_queries: tokens requested by `acquire_prefix`.
+        prefix_hits: requested tokens that were found.
         prefix_tokens: tokens that can be found now.
-        prefix_evictions: blocks of tokens that had to make room so far.
+        prefix_evictions: blocks of cached tokens that were evicted so far.
         sequences_swapped: sequences that are swapped out now.
-        blocks_swapped: blocks in memory that these have: shared ones, and those that are not
-            written, or read already.
-        swapped_out: sequences that were swapped out so far.
-        swapped_in: sequences that were swapped in so far.
-        bytes_swapped_out: keys and values of them that were written to the store.
-        bytes_swapped_in: keys and values of them that were read from it.
-        received: in blocks whose memory belongs to other processes (`import_blocks`). They count in
-            `capacity` as any others, but not in `physical`: the system, and a cgroup, account them
-            to the process that made them.
-        exported: sequences that were handed over so far (`export_blocks`).
-        imported: sequences that were taken over so far (`import_blocks`).
-        bytes_copied_out: bytes of blocks that `export_blocks` has copied; none of slots that were
-            acquired with `handover=True`.
-        bytes_copied_in: bytes of blocks that `import_blocks` has copied: partial last ones.
+        blocks_swapped: their blocks in memory: shared blocks, blocks not written yet, and blocks
+            already read back.
+        swapped_out: sequences swapped out so far.
+        swapped_in: sequences swapped in so far.
+        bytes_swapped_out: bytes of keys and values that were written to the store.
+        bytes_swapped_in: bytes of keys and values that were read from it.
+        received: in blocks whose memory belongs to other processes (`import_blocks`). They count
+            in `capacity` like any others, but not in `physical`: the system, and a cgroup, charge
+            them to the process that made them.
+        exported: sequences exported so far (`export_blocks`).
+        imported: sequences imported so far (`import_blocks`).
+        bytes_copied_out: bytes of blocks that `export_blocks` copied; normally none for slots that
+            were acquired with `handover=True`.
+        bytes_copied_in: bytes of blocks that `import_blocks` copied: partial last ones.
     """
 
     capacity: int
@@ -127,13 +126,13 @@ class SlotInfo:
         slot: its number.
         num_blocks: physical blocks mapped, over all ranges.
         bytes: the same in bytes.
-        shared_bytes: of these, in blocks that other slots have mapped too.
-        own_bytes: the others, which come free when the slot does.
-        reserved_tokens: tokens that room was asked for.
-        committed_tokens: tokens whose ids the host has named (`KVPool.commit`).
-        dropped_tokens: tokens at its beginning that it no longer has (`KVPool.drop_before`).
-        draining: released, but a program in flight may still touch it.
-        length: tokens in the slot according to a cache; None when no cache was given.
+        shared_bytes: bytes in blocks that other slots map too.
+        own_bytes: bytes in its other blocks, which become free with the slot.
+        reserved_tokens: tokens for which room was requested.
+        committed_tokens: tokens whose ids were committed (`KVPool.commit`).
+        dropped_tokens: dropped tokens at its beginning (`KVPool.drop_before`).
+        draining: released, but a program in flight may still access it.
+        length: tokens in the slot according to a cache; None if no cache was given.
     """
 
     slot: int
@@ -150,16 +149,16 @@ class SlotInfo:
 
 @dataclasses.dataclass(frozen=True)
 class BlockInfo:
-    """A physical block of a slot, and who else has it.
+    """A physical block of a slot, and the slots that map it.
 
     Attributes:
-        block: its number; -1: dropped (`KVPool.drop_before`).
-        references: how often it is mapped. It comes free when none is left.
-        slots: the slots that map it, in ascending order; released ones too, until their blocks are
-            given up.
-        owner: of these, the one that maps it for writing; None when that slot has given it up. The
-            others borrow it (on CPU their mappings are read-only). While a block is shared, the
-            owner's programs are refused to write it too: `KVPool.truncate` makes private copies.
+        block: its number; -1 if it was dropped (`KVPool.drop_before`).
+        references: its reference count. It becomes free at 0.
+        slots: the slots that map it, in ascending order, including released ones that still have
+            their blocks.
+        owner: the one of these that maps it for writing; None if that slot no longer has it. The
+            mappings of the others are read-only on CPU. While a block is shared, writes by the
+            owner's programs are refused too: `KVPool.truncate` makes private copies.
     """
 
     block: int
@@ -169,10 +168,10 @@ class BlockInfo:
 
 
 class MemoryRange(NamedTuple):
-    """A piece of a slot's memory.
+    """A contiguous range of a slot's memory.
 
     Attributes:
-        address: where it begins: in this process's memory, or on the pool's CUDA device.
+        address: its start address, in this process's memory or on the pool's CUDA device.
         num_bytes: its length, a whole number of blocks.
     """
 
@@ -181,11 +180,11 @@ class MemoryRange(NamedTuple):
 
 
 def make_stats(n: Any, host_waits: int) -> PoolStats:
-    """PoolStats from the compiled pool's numbers.
+    """Makes PoolStats from the compiled pool's numbers.
 
     Args:
         n: `_native.PoolNumbers`.
-        host_waits: waits that Python counted itself.
+        host_waits: waits counted in Python.
     """
     size = n.block_bytes
     return PoolStats(
@@ -233,12 +232,12 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
 
 
 def make_rows(rows: Sequence[Any], block_bytes: int, lengths: np.ndarray | None) -> list[SlotInfo]:
-    """The valid slot table from the compiled pool's rows.
+    """Makes the valid slot table from the compiled pool's rows.
 
     Args:
-        rows: of `_native.SlotRow`.
+        rows: `_native.SlotRow` objects.
         block_bytes: bytes of a block.
-        lengths: of a cache, [max_slots], or None.
+        lengths: the lengths of a cache, [max_slots], or None.
     """
     return [
         SlotInfo(
@@ -258,7 +257,7 @@ def make_rows(rows: Sequence[Any], block_bytes: int, lengths: np.ndarray | None)
 
 
 def make_block_map(rows: Sequence[Sequence[Any]]) -> list[list[BlockInfo]]:
-    """A block map with owners, from the compiled pool's `_native.BlockRow`s of each range."""
+    """Makes a block map with owners from the `_native.BlockRow`s of each range."""
     return [
         [
             BlockInfo(

@@ -1,4 +1,4 @@
-"""A store below memory: files of KV blocks that pools and processes share."""
+"""A storage tier below memory: files of KV blocks, shared by pools and processes."""
 
 import os
 import pathlib
@@ -17,29 +17,29 @@ _NO_LIMIT = 2**63 - 1
 
 
 class StoreStats(NamedTuple):
-    """What a store holds, and what it has done since it was opened.
+    """The contents of a store, and statistics since it was opened.
 
     Attributes:
         files: block files in the directory.
-        bytes: their sizes.
-        bytes_swapped: keys and values of swapped sequences, in files without names.
-        limit: the most that all of these may take; None: no limit.
-        bytes_written: keys and values written.
-        bytes_read: keys and values read and checked.
+        bytes: their total size.
+        bytes_swapped: bytes of keys and values of swapped sequences, in unnamed files.
+        limit: the most bytes that all of these may use; None: no limit.
+        bytes_written: bytes of keys and values written.
+        bytes_read: bytes of keys and values read and checked.
         failed_writes: runs of blocks that could not be written.
-        files_evicted: files removed to keep the limit.
-        bytes_evicted: their sizes.
-        refused: files that hold nothing for this store, by reason: "damaged", "truncated",
-            "version", "fingerprint" (of another model), "unreadable".
-        missed: reads and look-ups that came to nothing, by reason: those above, "gone" (removed by
-            another process), "geometry" (stored for another cache), "closed".
-        last_error: of a write, a listing or an eviction; "" if there was none.
-        swap_out_seconds_median: the median time of the latest 512 sequences that were swapped out,
-            from the release of their slot to the file being on disk; 0: none yet.
-        swap_out_seconds_p95: how long 95 in 100 of these took at most.
-        swap_in_seconds_median: the same of reads back, from `prefetch` or `swap_in`.
-        swap_in_seconds_p95: the same.
-        read_bytes_per_second: of the latest reads, waiting included; 0: none yet.
+        files_evicted: files removed because of the limit.
+        bytes_evicted: their total size.
+        refused: files that this store cannot use, by reason: "damaged", "truncated", "version",
+            "fingerprint" (of another model), "unreadable".
+        missed: reads and look-ups that failed, by reason: those above, "gone" (removed by another
+            process), "geometry" (stored for another cache), "closed".
+        last_error: the last error of a write, a listing or an eviction; "" if there was none.
+        swap_out_seconds_median: the median over the latest 512 sequences swapped out, from the
+            release of the slot until the file is on disk; 0: none yet.
+        swap_out_seconds_p95: the 95th percentile of the same.
+        swap_in_seconds_median: the median of reads back, from `prefetch` or `swap_in`.
+        swap_in_seconds_p95: the 95th percentile of the same.
+        read_bytes_per_second: rate of the latest reads, including waiting; 0: none yet.
     """
 
     files: int
@@ -65,16 +65,16 @@ class StoredFile(NamedTuple):
     """One block file.
 
     Attributes:
-        name: in its directory.
+        name: its name in the directory.
         bytes: its size.
-        used: when it was written or last read, seconds since the epoch.
-        problem: why it is of no use ("damaged", "truncated", "version", "unreadable"); None: it is
-            sound, as far as it was checked. The attributes that follow are empty with a problem.
-        fingerprint: the model's.
+        used: when it was written or last read, in seconds of Unix time.
+        problem: why it is unusable ("damaged", "truncated", "version", "unreadable"), or None if no
+            problem was found. If there is one, the attributes below are empty.
+        fingerprint: the model's fingerprint.
         namespace: as for `KVPool.acquire_prefix`.
-        layout: how its blocks are laid out, and for what cache.
-        token_ids: of the sequence, from its beginning to the end of the file's last block.
-        first_token: where the file's first block begins in the sequence.
+        layout: the layout of its blocks, and the cache shape that it is for.
+        token_ids: the sequence's token ids, from its beginning to the end of the last block.
+        first_token: the position in the sequence of the first token in the file.
     """
 
     name: str
@@ -91,24 +91,24 @@ class StoredFile(NamedTuple):
 class BlockStore(Closing):
     """Blocks of keys and values in the files of a directory.
 
-    Each file is a safetensors container with some consecutive blocks of one sequence. It is
-    written whole or not at all, and its blocks are checked as they are read: what is damaged, of
-    another model or of another cache counts as not stored. Several stores, of several processes,
-    may share a directory: files of the others are found within about a second. A store works in
-    the process that opened it, not in its forks, and is a context manager.
+    Each file is a safetensors container with some consecutive blocks of one sequence. Files are
+    written atomically, and blocks are checked when they are read: damaged ones, and those of
+    another model or cache shape, count as not stored. Several stores, also in several processes,
+    may share a directory: each finds the files of the others within about a second. A store works
+    only in the process that opened it, not in its forks, and is a context manager.
 
     Args:
-        path: the directory, made if it is missing, for its user alone.
-        limit: the most that all files there may take, in bytes or as text ("8GiB"): those that were
-            used least recently are removed, but no prefix before what continues it. Processes that
-            write at one time may pass it by the files that they are writing; each counts its own
-            swapped sequences only. None: no limit.
-        fingerprint: names the model whose keys and values these are: anything that changes when
-            its weights do, a checksum for instance. Files with another one are not used.
+        path: the directory, created if it is missing, accessible to its user only.
+        limit: the most that all files there may use, in bytes or as text ("8GiB"): the least
+            recently used files are removed, but never a prefix before its continuations. Processes
+            that write at the same time may exceed it by the files that they are writing; each
+            counts only its own swapped sequences. None: no limit.
+        fingerprint: identifies the model of these keys and values: anything that changes with its
+            weights, for example a checksum. Files with another fingerprint are not used.
 
     Raises:
-        ValueError: a limit that is none, a fingerprint that is no text.
-        KVPageError: the directory cannot be made or read.
+        ValueError: an invalid limit, or a fingerprint that is not a str.
+        KVPageError: the directory cannot be created or read.
     """
 
     def __init__(
@@ -133,16 +133,16 @@ class BlockStore(Closing):
 
     @property
     def limit(self) -> int | None:
-        """The most bytes that its files may take; None: no limit."""
+        """The most bytes that its files may use; None: no limit."""
         return self._limit
 
     @property
     def fingerprint(self) -> str:
-        """The model's."""
+        """The model's fingerprint."""
         return self._fingerprint
 
     def stats(self) -> StoreStats:
-        """What the store holds and has done.
+        """The contents of the store, and statistics.
 
         Raises:
             PoolClosed: the store is closed, or belongs to a parent process.
@@ -186,11 +186,11 @@ class BlockStore(Closing):
 
 
 def list_files(path: str | os.PathLike[str], *, verify: bool = False) -> list[StoredFile]:
-    """The block files in a directory, of all models and caches, by name.
+    """Lists the block files in a directory, of all models and caches, sorted by name.
 
     Args:
         path: the directory of a store.
-        verify: whether blocks are read and checked too, not headers only.
+        verify: whether to read and check the blocks too, instead of only the headers.
 
     Raises:
         KVPageError: the directory cannot be read.
@@ -208,15 +208,15 @@ def prune(
 
     Args:
         path: the directory of a store.
-        limit: the most that the files may take afterwards, in bytes or as text: the least
-            recently used go first, but no prefix before what continues it. 0: all go.
-        older_than: files that were not used for so many seconds go in any case.
+        limit: the most that the files may use afterwards, in bytes or as text: the least recently
+            used are removed first, but never a prefix before its continuations. 0: removes all.
+        older_than: also removes files that were not used for this many seconds.
 
     Returns:
         The names of the files that were removed.
 
     Raises:
-        ValueError: a limit or an age that is none.
+        ValueError: an invalid limit or age.
         KVPageError: the directory cannot be read, or another process is evicting from it.
     """
     most = _NO_LIMIT
@@ -241,7 +241,7 @@ def _file(found: _native.StoreFile) -> StoredFile:
         found.used,
         None if sound else found.problem,
         found.fingerprint,
-        # A pool's namespace None is "", and any other begins with "=".
+        # The inverse of `namespace_key`: None is "", and any other namespace begins with "=".
         found.space[1:] if found.space else None,
         found.layout,
         found.tokens,

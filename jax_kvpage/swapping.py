@@ -1,4 +1,4 @@
-"""Host calls that swap sequences out to a store and in again."""
+"""Host calls that swap sequences out to a store and back in."""
 
 import functools
 import weakref
@@ -18,14 +18,14 @@ __all__ = ["Swapped", "SwappingCalls"]
 
 
 class Swapped:
-    """A sequence that `KVPool.swap_out` has taken out of its slot.
+    """A sequence that `KVPool.swap_out` has removed from its slot.
 
-    It ends with `KVPool.swap_in`, `KVPool.drop_swapped`, `close`, its collection or the pool's end:
-    what the store has of it and its references to shared blocks go then.
+    It lasts until `KVPool.swap_in`, `KVPool.drop_swapped`, `close`, garbage collection or the end
+    of the pool; then its data in the store and its references to shared blocks are freed.
     """
 
     def __init__(self, native: Any, pool: NativePool) -> None:
-        """Only `KVPool.swap_out` makes one."""
+        """For `KVPool.swap_out` only."""
         self._native = native
         self._pool = weakref.ref(pool)
 
@@ -35,18 +35,18 @@ class Swapped:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has. Fewer than were committed if programs had not written them all
+        """The number of tokens; fewer than were committed if programs had not written all of them
         when the slot had drained."""
         return self._native.length
 
     @property
     def on_disk(self) -> bool:
-        """Whether its own blocks are on disk and no longer in memory."""
+        """Whether its private blocks are on disk and no longer in memory."""
         return self._native.stored and self._native.place == "on disk"
 
     @property
     def in_store(self) -> bool:
-        """Whether its own blocks are in the pool's store, on disk or in memory of the host, and no
+        """Whether its private blocks are in the pool's store, on disk or in host memory, and no
         longer in the pool's memory."""
         return self._native.stored
 
@@ -56,7 +56,7 @@ class Swapped:
         return self._native.gone
 
     def close(self) -> None:
-        """Gives the sequence up. Safe to call again."""
+        """Drops the sequence. Safe to call again."""
         self._native.drop()
 
     def __repr__(self) -> str:
@@ -65,7 +65,7 @@ class Swapped:
 
 
 class SwappingCalls:
-    """The part of `KVPool` that swaps sequences."""
+    """The calls of `KVPool` that swap sequences."""
 
     _native: NativePool
     _pool: Any
@@ -74,15 +74,15 @@ class SwappingCalls:
     sharding: AxisSharding | None
 
     def swap_out(self, cache: KVCache, slot: int) -> tuple[Swapped, KVCache]:
-        """Takes a sequence out of its slot, for others to use its memory, until `swap_in`.
+        """Removes a sequence from its slot until `swap_in`, so that others can use its memory.
 
-        Its committed tokens are kept; those that were not committed are lost, as in a fork. Blocks
-        that other slots share stay in memory, and are not written. The store's threads write the
-        others once programs that were queued before have run; they count as draining until then.
-        Nothing waits for the disk, or on a GPU for the copies to host memory. If the disk or the
-        store is full, they stay in memory.
+        Its committed tokens are kept; others are lost, as in a fork. Blocks shared with other slots
+        stay in memory, and are not written. The store's threads write its private blocks once
+        programs queued earlier have run; the blocks count as draining until they are written.
+        Nothing waits for the disk or, on a GPU, for the copies to host memory. If the disk or the
+        store is full, the blocks stay in memory.
 
-        Over a mesh every device stores its part in a file of its own, and all parts are stored or
+        Over a mesh, every device stores its part separately, and either all parts are stored or
         none: if one cannot be written, all stay in memory.
 
         Args:
@@ -126,18 +126,18 @@ class SwappingCalls:
     def swap_in(
         self, cache: KVCache, swapped: Swapped, wait: bool = False, *, recover: bool = False
     ) -> tuple[int, KVCache]:
-        """Gives a swapped sequence a slot again, the same or another.
+        """Puts a swapped sequence into a slot again, the same or another.
 
-        It continues bit for bit: tokens are where they were, at the same positions. There is room
-        for the tokens that it has.
+        Its keys and values are the same bits, at the same positions. The slot has room for the
+        tokens that it has.
 
         Args:
             cache: the newest cache.
-            swapped: from `swap_out` of this pool.
-            wait: wait for programs that were queued before `swap_out`, for the store, and for slots
-                and blocks that drain.
-            recover: of a sequence whose file could not be read, take the tokens from the beginning
-                that could; the length says how many they are.
+            swapped: the result of `swap_out` of this pool.
+            wait: wait for programs queued before `swap_out`, for the store, and for draining slots
+                and blocks.
+            recover: if the file of the sequence cannot be read in full, use the first tokens that
+                can be read; the slot's length says how many.
 
         Returns:
             (slot, cache). The slot's length is `swapped.tokens`, which are committed.
@@ -146,8 +146,8 @@ class SwappingCalls:
             OutOfBlocks: not enough physical blocks; nothing has changed.
             OutOfSlots: no free slot; nothing has changed.
             ValueError: a sequence of another pool, a cache of another spec.
-            KVPageError: not ready, without `wait`; or what was written cannot be read: the message
-                says how many tokens are recoverable. Or it was already swapped in or dropped.
+            KVPageError: not ready, without `wait`; or stored data cannot be read: the message says
+                how many tokens are recoverable; or the sequence was already swapped in or dropped.
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("swap_in", cache)
@@ -180,22 +180,22 @@ class SwappingCalls:
         marker = self._queue.released(native.slot)
         if marker is None or not native.queued:
             return
-        wait_for(marker)  # raises what it failed with
+        wait_for(marker)  # raises its error
         raise KVPageError(
             f"swap_in: the program that was to free slot {native.slot} failed: start a new "
             "generation with pool.cache()"
         )
 
     def drop_swapped(self, swapped: Swapped) -> None:
-        """Gives a swapped sequence up: what the store has of it and its shared references go.
+        """Drops a swapped sequence: frees its data in the store and its references to blocks.
 
         Does nothing if it was already swapped in or dropped.
 
         Args:
-            swapped: from `swap_out`.
+            swapped: the result of `swap_out`.
 
         Raises:
-            ValueError: no swapped sequence.
+            ValueError: not a swapped sequence.
         """
         _native_of("drop_swapped", swapped).drop()
 

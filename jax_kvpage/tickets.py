@@ -1,16 +1,16 @@
-"""Ticket: something on its way into memory."""
+"""Ticket: a read into memory that is in progress."""
 
 import time
 from typing import Any
 
 __all__ = ["Ticket"]
 
-# A wait looks up this often (seconds), so that Ctrl-C works.
+# Seconds between checks for Ctrl-C while waiting.
 _SLICE = 0.1
 
 
 class Ticket:
-    """A read that `KVPool.prefetch` has begun. Nothing waits for it but `wait`."""
+    """A read that `KVPool.prefetch` has started. Only `wait` waits for it."""
 
     def __init__(self, native: Any) -> None:
         """Takes a compiled ticket: `wait(seconds) -> bool`, `tokens` and `error`."""
@@ -18,24 +18,24 @@ class Ticket:
 
     @property
     def ready(self) -> bool:
-        """Whether the read has ended, well or not."""
+        """Whether the read has ended, successfully or not."""
         return bool(self._native.wait(0.0))
 
     @property
     def tokens(self) -> int:
-        """Tokens that are in memory now, from the first one on; 0 before it is ready."""
+        """The number of first tokens that are in memory now; 0 before it is ready."""
         return int(self._native.tokens) if self.ready else 0
 
     @property
     def error(self) -> str | None:
-        """Why not all tokens could be read; None: they were, or the ticket is not ready."""
+        """Why not all tokens could be read; None if they were, or if the ticket is not ready."""
         return str(self._native.error) or None if self.ready else None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the ticket is ready.
 
         Args:
-            timeout: seconds; None: as long as it takes.
+            timeout: seconds; None: without limit.
 
         Returns:
             Whether it is ready.

@@ -43,11 +43,11 @@ def _check(native: NativePool, slot: int | None) -> None:
 
 
 def view(native: NativePool, layer: int, slot: int | None) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer, of one slot or of all; `KVPool.view` says what for.
+    """Keys and values of one layer, of one slot or of all; see `KVPool.view`.
 
     Args:
         native: the pool.
-        layer: which layer.
+        layer: the layer's index.
         slot: an occupied slot; None for all slots.
     """
     layer = host_int("view: layer", layer)

@@ -1,7 +1,7 @@
-"""The cases measured on a GPU: batches of Llama-3-8B's attention (32 query heads over 8 of 128).
+"""The cases measured on a GPU: Llama-3-8B's attention (32 query heads over 8 KV heads of size 128).
 
-`shapes.Case` of the CPU suite, with sizes that fill the chip: every call's data comes from device
-memory, because the copies of a case together exceed the last level cache several times over.
+`shapes.Case` of the CPU suite, with sizes that fill the GPU: every call reads device memory,
+because the copies of a case together are several times larger than the last level cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shapes import Case, ragged
 
 __all__ = ["LAYERS_PER_PROGRAM", "Case", "check_cases", "decode_cases", "is_core", "prefill_cases"]
 
-# The largest L2 these are made for holds 60 MB.
+# The largest L2 of the target GPUs has 60 MB.
 CYCLE_BYTES = 256 * 2**20
 MAX_COPIES = 64
 # A compiled program runs up to this many copies one after the other: the layers of the model.
@@ -44,7 +44,7 @@ def is_core(case: Case) -> bool:
 
 
 def decode_cases(dry: bool = False) -> list[Case]:
-    """One new token a sequence; full: all contexts are L, ragged: spread over [L / 2, L].
+    """One new token per sequence; full: all contexts are L, ragged: spread over [L / 2, L].
 
     The most important shapes come first, so that a run that is cut short has measured them.
     """
@@ -62,7 +62,7 @@ def decode_cases(dry: bool = False) -> list[Case]:
 
 
 def prefill_cases(dry: bool = False) -> list[Case]:
-    """Whole prompts, a chunk behind a long context, and a server's mixture."""
+    """Full prompts, a chunk after a long context, and a mixed batch of a server."""
     unit = 32 if dry else 2048
     decodes = ragged(7 if dry else 63, unit)
     cases = [

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/decode_step.py [--platform cuda] [--mode graph] [--dry-run]
 
-Its time less the time to read keys and values once, divided by the layers, is the fixed cost of a
-layer; short contexts show it directly. `--mode graph` runs each step as one CUDA graph, `--mode
-plain` launch by launch; it also counts launches with JAX's profiler. One JSON object a line.
+The fixed cost of a layer is the time of a step less the time to read keys and values once, divided
+by the number of layers; short contexts show it directly. `--mode graph` runs each step as one CUDA
+graph, `--mode plain` launches kernels one by one and also counts launches with JAX's profiler.
+Prints one JSON object per line.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ MODES = {
 }
 _HEADS = 32
 _PROFILED_STEPS = 3
-# Through the pool's own block table.
+# Attention through the pool's block table.
 _BY_TABLE = " + table"
 
 
 class _Bench:
-    """A pool of one layout with 8 sequences, and the program of a step."""
+    """A pool of one layout with sequences, and the program of a step."""
 
     def __init__(self, platform: str, layout: str, layers: int, batch: int, context: int) -> None:
         self.platform = platform
@@ -79,28 +80,28 @@ class _Bench:
         self._step = step
 
     def run(self, times: int) -> None:
-        """Queues steps, each with the attention's output of the one before as its queries."""
+        """Queues steps; the queries of each are the previous step's output."""
         for _ in range(times):
             self._last, _ = self._step(self.cache, self.batch, self._last, self.kv)
 
     def wait(self) -> None:
-        """Until all steps are done."""
+        """Waits until all steps are done."""
         self._last.block_until_ready()
 
     def shorten(self, context: int) -> None:
         """Sets the length of all contexts to `context` tokens, including the new one."""
-        # Repeated steps have moved the pool's newest epoch on.
+        # Repeated steps have advanced the pool's newest epoch.
         self.cache = self.pool.cache()
         ids = jnp.asarray(self.slots, jnp.int32)
         lengths = jnp.full(len(self.slots), context - 1, jnp.int32)
         self.cache = kvp.set_lengths(self.cache, ids, lengths)
 
     def time(self, seconds: float) -> dict[str, Any]:
-        """Seconds of a step."""
+        """Measures the seconds of a step."""
         return measure(self.run, self.wait, 1, seconds)
 
     def launches(self) -> list[dict[str, Any]]:
-        """Kernels and copies of a step, as the profiler sees them."""
+        """Kernels and copies of a step, from the profiler."""
         self.run(1)
         self.wait()
         with tempfile.TemporaryDirectory(prefix="jax_kvpage-profile-") as folder:
@@ -111,7 +112,7 @@ class _Bench:
             profile = jax.profiler.ProfileData.from_file(str(file))
         calls: dict[str, list[float]] = collections.defaultdict(list)
         for plane in profile.planes:
-            # A CPU has no launches: any events try the script.
+            # A CPU has no launches: use any events, to test the script.
             if not plane.name.startswith("/device:GPU" if self.platform == "cuda" else "/host:CPU"):
                 continue
             for line in plane.lines:
@@ -155,18 +156,18 @@ def _layout(arguments: argparse.Namespace, layout: str) -> None:
             for row in bench.launches():
                 say("launch", layout=layout, **row)
         except Exception as problem:
-            # Profiling needs rights that not every machine gives.
+            # Profiling needs permissions that some machines do not grant.
             say("left_out", **about, reason=f"launches: {type(problem).__name__}: {problem}"[:500])
     bench.pool.close()
 
 
 def say(kind: str, **values: Any) -> None:
-    """One line."""
+    """Prints one JSON line."""
     print(json.dumps({"kind": kind, **values}), flush=True)
 
 
 def main() -> int:
-    """Both layouts, through slots and through the pool's block table."""
+    """Measures both layouts, through slots and through the pool's block table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--mode", choices=tuple(MODES), default="graph")

@@ -1,6 +1,6 @@
-"""Random tokens for the pools and pages of measurements, written by a few large calls.
+"""Fills pools and pages for measurements with random tokens, in a few large calls.
 
-Every contender that fills its memory from here holds the same tokens, so results can be compared.
+All contenders filled by these functions have the same tokens, so results can be compared.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["HEAD_DIM", "KV_HEADS", "fill_pages", "fill_slots"]
 
 # Llama-3-8B's.
 KV_HEADS, HEAD_DIM = 8, 128
-# Tokens that one call writes in each layer.
+# The most tokens that one call writes in each layer.
 _CALL_TOKENS = 65536
 
 
 def _pieces(sequences: int, context: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """(first token, number of tokens) of each call, the same for all sequences."""
+    """Yields (first token, number of tokens) of each call, the same for all sequences."""
     size = max(_CALL_TOKENS // sequences // multiple, 1) * multiple
     for first in range(0, context, size):
         yield first, min(size, context - first)
@@ -74,7 +74,7 @@ def fill_pages(tables: np.ndarray, context: int, page_tokens: int) -> tuple[jax.
     """Pages `[pages, page_tokens, heads, dim]` with the tokens that `fill_slots` writes.
 
     Args:
-        tables: page of each sequence's tokens, `[sequences, context / page_tokens]`.
+        tables: pages of each sequence, `[sequences, context / page_tokens]`.
         context: tokens of each sequence, a multiple of `page_tokens`.
         page_tokens: tokens of a page.
     """

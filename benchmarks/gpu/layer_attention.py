@@ -1,11 +1,12 @@
-"""Decode attention over one layer of a deep pool, against block tables, on the same tokens.
+"""Decode attention over one layer of a deep pool, compared with block tables on the same tokens.
 
     python benchmarks/gpu/layer_attention.py [--platform cuda] [--dry-run] [--limit 60]
 
-A pool of one layer in large blocks is a dense array. In one of 32 layers the tokens of a layer lie
-far apart: in the fused layout a page of 2 MiB holds 64 KiB of each layer, and the card's address
-translation decides. Blocks lie in a row or shuffled, calls read data that the L2 does not hold, and
-a copy is measured before and after. One JSON object a line; `layers.py` makes tables of them.
+A pool of one layer with large blocks is a dense array. In a pool of 32 layers, the tokens of a
+layer are far apart: in the fused layout, a page of 2 MiB has 64 KiB of each layer, and the GPU's
+address translation determines the speed. Blocks are contiguous or shuffled, calls read data that is
+not in the L2, and a copy is measured before and after. Prints one JSON object per line; `layers.py`
+makes tables of them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _TOKEN_BYTES = 2 * 2 * KV_HEADS * HEAD_DIM  # of one layer
 _SHAPES = ((64, 8192), (8, 8192), (1, 32768))
 _DRY_SHAPES = ((2, 128), (1, 256))
 _BY_TABLE = " + table"
-# "+ table": through the pool's own block table; "tables": through one over arrays of pages.
+# "+ table": through the pool's block table; "tables": through a block table over arrays of pages.
 _VARIANTS = (
     ("fused", "contiguous"),
     ("fused", "shuffled"),
@@ -50,12 +51,12 @@ _VARIANTS = (
     ("fused + table", "shuffled"),
     ("per_layer + table", "shuffled"),
 )
-# Layers that take turns have at least this much together; the largest L2 holds 60 MB.
+# Layers that take turns have at least this much together; the largest L2 has 60 MB.
 _CYCLE_BYTES = 2**30
 _CALLS = 8  # in a program
-# For JAX's allocator and programs, beside the pool.
+# Memory for JAX's allocator and programs, in addition to the pool.
 _RESERVE = 10 * 10**9
-# Of the largest output: bfloat16 keeps 8 bits.
+# Relative to the largest output: bfloat16 has 8 bits of precision.
 _TOLERANCE = 0.03
 
 
@@ -84,26 +85,26 @@ def _attend_pages(
 
 
 def _free_bytes() -> float:
-    """Of the card, before this process takes any."""
+    """Free memory of the GPU, before this process uses any."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(run.stdout.splitlines()[0]) * 2**20
 
 
 class _Shape:
-    """One batch: sequences of equal length.
+    """A batch of sequences of equal length.
 
     Args:
-        sequences: how many.
-        context: tokens of each, its new one included.
+        sequences: number of sequences.
+        context: tokens of each, including the new one.
         free: bytes of device memory for a pool.
-        layers: of the pool, if there is room.
+        layers: number of layers of the pool, if there is room.
     """
 
     def __init__(self, sequences: int, context: int, free: float, layers: int) -> None:
         self.sequences, self.context = sequences, context
         self.kv_bytes = sequences * context * _TOKEN_BYTES
-        # Shuffled blocks need one slot more.
+        # Shuffled blocks need one more slot.
         self.layers = min(layers, int(free / (self.kv_bytes + context * _TOKEN_BYTES)))
         if self.layers < 1:
             raise ValueError(f"{free:.3g} bytes are too few for one layer")
@@ -168,14 +169,14 @@ def _tables(shape: _Shape) -> _Setup:
 
 
 class _Bench:
-    """Measures shapes and prints what it finds."""
+    """Measures shapes and prints the results."""
 
     def __init__(self, platform: str, seconds: float, deadline: float) -> None:
         self._platform, self._seconds, self._deadline = platform, seconds, deadline
         self._expected: dict[str, np.ndarray] = {}
 
     def measure(self, shape: _Shape, layout: str, blocks: str) -> None:
-        """One variant; a failure is told, and the others go on."""
+        """Measures one variant; a failure is reported, and the others continue."""
         about = shape.about() | {"layout": layout, "blocks": blocks}
         if time.monotonic() > self._deadline:
             say("left_out", **about, reason="out of time")
@@ -212,12 +213,12 @@ class _Bench:
 
 
 def say(kind: str, **values: Any) -> None:
-    """One line."""
+    """Prints one JSON line."""
     print(json.dumps({"kind": kind, **values}), flush=True)
 
 
 def main() -> int:
-    """All shapes, the most important ones first."""
+    """Measures all shapes, the most important ones first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/layers.py [--platform cuda] [--dry-run] [--limit 90]
 
-Runs `layer_attention.py` and `decode_step.py`, the latter with and without CUDA graphs, each in its
-own process. Fractions are of the fastest copy measured here, bytes read plus written. Prints
-tables, one JSON object last; a part that is stopped keeps what it has measured.
+Runs `layer_attention.py` and `decode_step.py`, the latter with and without CUDA graphs, each in a
+separate process. Fractions are relative to the fastest copy measured here, bytes read plus written.
+Prints tables, and one JSON object last; measurements of a part that is stopped are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from scripts import output_of, print_tables
 
 _HERE = pathlib.Path(__file__).resolve().parent
-# Script, options, and seconds that parts behind it need.
+# Script, options, and seconds needed by the parts after it.
 _PARTS: tuple[tuple[str, list[str], float], ...] = (
     ("layer_attention", [], 22),
     ("decode_step", ["--mode", "graph"], 11),
@@ -28,14 +28,14 @@ _PARTS: tuple[tuple[str, list[str], float], ...] = (
 
 
 def _lines(command: list[str], limit: float) -> tuple[list[dict[str, Any]], str]:
-    """What a script has printed within the limit, and why it ended early ("" if it did not)."""
+    """What a script printed within the limit, and why it ended early ("" if it did not)."""
     output, reason = output_of(command, limit)
     answers = []
     for line in output.splitlines():
         try:
             answers.append(json.loads(line))
         except ValueError:
-            continue  # another library's, or cut off in the middle
+            continue  # from another library, or truncated
     return answers, reason
 
 
@@ -70,7 +70,7 @@ def _step_row(step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(result: dict[str, Any]) -> None:
-    """Speeds and fractions, and the tables."""
+    """Adds speeds, fractions and tables."""
     copy = max((c["gbps"] for c in result["copies"]), default=float("nan"))
     result["copy_gbps"] = copy
     for record in result["records"]:
@@ -97,7 +97,7 @@ def _evaluate(result: dict[str, Any]) -> None:
 
 
 def collect(platform: str, dry: bool, limit: float) -> dict[str, Any]:
-    """All parts, within the limit."""
+    """Runs all parts within the limit."""
     end = time.monotonic() + limit
     result: dict[str, Any] = {
         "copies": [],

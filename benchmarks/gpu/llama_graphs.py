@@ -3,11 +3,11 @@
     python benchmarks/gpu/llama_graphs.py [--platform cuda] [--dry-run]
 
 A quarter of Llama-3-8B (8 of its 32 layers) with random bfloat16 weights, 8 sequences. Each mode
-runs in a separate process, because XLA reads its flags once. The floor is the time to read weights,
-keys and values once at the copy bandwidth.
+runs in a separate process, because XLA reads its flags only once. The floor is the time to read
+weights, keys and values once at the copy bandwidth.
 
-XLA may choose other matrix products in each process and program, and in bfloat16 that can change a
-token: whether tokens agree is reported, but need not be so. A dry run compares logits instead, in
+XLA may choose different matrix products in each process and program, which can change a token in
+bfloat16: whether tokens agree is reported, but not required. A dry run compares logits instead, in
 float32 at the highest precision and for a fixed sequence of tokens.
 """
 
@@ -42,7 +42,7 @@ _SCAN = 16
 
 
 def _measure(platform: str, dry: bool) -> dict[str, Any]:
-    """One mode, in this process."""
+    """Measures one mode in this process."""
     import jax
 
     jax.config.update("jax_platforms", "cpu" if platform == "cpu" else "cuda,cpu")
@@ -74,7 +74,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
     spec = kvp.CacheSpec(shape[3], shape[5], shape[6], batch, room, dtype=dtype).resolve(platform)
     blocks = batch * spec.blocks_per_range
     pool = kvp.KVPool(spec, blocks * spec.block_bytes)
-    # Mapped in advance: no step maps blocks, so none waits.
+    # Map everything in advance, so that no step maps blocks or waits.
     slots, cache = pool.acquire(pool.cache(), [room] * batch)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -89,7 +89,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
     decode = kvp.Batch.decode(slots)
     ids = jnp.asarray(slots, jnp.int32)
 
-    # One step: the next tokens, the row that is kept of it, and the cache.
+    # A step returns the next tokens, the row to keep, and the cache.
     def one(weights: Any, cache: kvp.KVCache, tokens: jax.Array, maps: bool) -> Any:
         model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
         if maps:
@@ -126,7 +126,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
         "scan of 16 steps": lambda tokens, cache: scan(weights, cache, tokens),
         "Python loop that maps": lambda tokens, cache: loop(tokens, cache, True),
     }
-    # On the device of the pool, like the tokens of later rounds: otherwise there is one more
+    # Put it on the pool's device, like the tokens of later rounds; otherwise there would be another
     # compilation.
     start = jax.device_put(jnp.arange(batch, dtype=jnp.int32), pool.device)
     lowered = functools.partial(kvp.set_lengths, slots=ids)
@@ -163,7 +163,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
 
 
 def measure(platform: str, dry: bool, limit: float) -> dict[str, Any]:
-    """All modes, each in a child process."""
+    """Measures all modes, each in a child process."""
     rows, digests, logits, left_out = [], {}, {}, {}
     about: dict[str, Any] = {}
     deadline = time.monotonic() + limit
@@ -215,7 +215,7 @@ def measure(platform: str, dry: bool, limit: float) -> dict[str, Any]:
 
 
 def _differences(logits: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How far the logits of each mode and way are from the first one's, relative to the largest."""
+    """Differences of each mode and method's logits from the first's, relative to the largest."""
     if not logits:
         return {}
     first = next(iter(logits.values()))

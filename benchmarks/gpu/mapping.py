@@ -3,7 +3,7 @@
     python benchmarks/gpu/mapping.py [--platform cuda] [--dry-run]
 
 Decode steps (attention over 32 layers) are queued while another thread grows other slots block by
-block, or gives memory back. Quiet and disturbed rounds alternate. Prints rows, JSON last.
+block, or frees memory. Quiet and disturbed rounds alternate. Prints rows, JSON last.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Growth:
         self.blocks = 0
 
     def extend(self) -> bool:
-        """One block more for the shortest; False when all are full."""
+        """Adds a block to the shortest slot; returns False when all are full."""
         slot = min(self._slots, key=self._have.__getitem__)
         if self._have[slot] >= self._pool.spec.max_seq_len:
             return False
@@ -108,7 +108,7 @@ def _microseconds(times: list[float]) -> dict[str, float]:
 
 
 class _Bench:
-    """A pool with sequences that decode and room for others to grow."""
+    """A pool with decoding sequences, and room for others to grow."""
 
     def __init__(self, platform: str, dry: bool) -> None:
         layers, batch, context, growing = (2, 2, 64, 2) if dry else (32, 16, 8192, 4)
@@ -130,7 +130,7 @@ class _Bench:
         jax.block_until_ready(_step(self.cache, self.q, self.batch))
 
     def steps_seconds(self) -> float:
-        """Seconds per step of a queue of steps."""
+        """Queues steps; returns seconds per step."""
         begin = time.perf_counter()
         out = self.q
         for _ in range(self.steps):
@@ -139,7 +139,7 @@ class _Bench:
         return (time.perf_counter() - begin) / self.steps
 
     def compare(self, what: str, action: Callable[[], bool], pause: float) -> dict[str, Any]:
-        """Steps with and without the action running at the same time."""
+        """Compares steps with and without the action running at the same time."""
         quiet, disturbed, calls = [], [], []
         for _ in range(self.rounds):
             quiet.append(self.steps_seconds())
@@ -157,7 +157,7 @@ class _Bench:
         }
 
     def alone(self, what: str, action: Callable[[], bool], times: int) -> dict[str, Any]:
-        """The action with an idle device."""
+        """Times the action while the device is idle."""
         taken = []
         for _ in range(times):
             begin = time.perf_counter()
@@ -167,12 +167,12 @@ class _Bench:
         return {"alone": what, **_microseconds(taken)}
 
     def grown(self) -> _Growth:
-        """New slots with a block each."""
+        """Acquires new slots with a block each."""
         slots, self.cache = self.pool.acquire(self.cache, [1] * self.growing)
         return _Growth(self.pool, slots)
 
     def give_back(self, growth: _Growth) -> None:
-        """Ends those slots; their blocks are parked, then given back by `trim`."""
+        """Releases the slots; their blocks are parked, and later freed by `trim`."""
         self.cache = self.pool.release(self.cache, growth._slots)
         jax.block_until_ready(self.cache)
 
@@ -189,7 +189,7 @@ def measure(platform: str, dry: bool) -> dict[str, Any]:
         bench.give_back(growth)
         if not pause:
             continue
-        # The blocks of the first round are parked: this round adopts them or takes them over.
+        # The blocks of the first round are parked: this round reuses them, in place or elsewhere.
         growth = bench.grown()
         beside.append(bench.compare(f"parked blocks, {name}", growth.extend, pause))
         alone.append(bench.alone("a parked block", growth.extend, 100))

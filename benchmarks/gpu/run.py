@@ -1,12 +1,12 @@
-"""Measures everything on one GPU, within a time limit; JSON and a plot, a short table last.
+"""Measures everything on one GPU within a time limit; writes JSON and a plot, prints tables.
 
     python benchmarks/gpu/run.py --out benchmarks/results [--only layers --seconds 60]
 
-Sections are driver, layers, attention, shared, mapping and llama. Contenders run one after the
-other, each in a separate process, this package first and its most important shapes once more at the
-end, which shows how far the machine drifted. Contenders that are not installed, fail or run out of
-time are named. Speeds are valid keys and values over the median time, and fractions of the fastest
-copy that was measured in the same run (bytes read plus written).
+The sections are driver, layers, attention, shared, mapping and llama. Contenders run one after the
+other, each in a separate process: this package first, and its most important shapes again at the
+end, to show the drift of the machine. Contenders that are not installed, fail or run out of time
+are listed. Speeds are bytes of valid keys and values over the median time; fractions are relative
+to the fastest copy of the same run (bytes read plus written).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Run:
     """The measurements so far.
 
     Args:
-        arguments: of the command line.
-        console: for progress.
+        arguments: the command line.
+        console: where to print progress.
     """
 
     def __init__(self, arguments: argparse.Namespace, console: Console) -> None:
@@ -73,7 +73,7 @@ class Run:
         return self._arguments.seconds - (time.monotonic() - self._begin) - self._reserved
 
     def say(self, text: str) -> None:
-        """Progress, with the time."""
+        """Prints progress with the time."""
         self._console.print(f"[{time.monotonic() - self._begin:4.0f} s] {text}", style="dim")
 
     def _call(self, command: list[str], limit: float, log: str) -> str:
@@ -90,7 +90,7 @@ class Run:
         return output
 
     def driver(self) -> None:
-        """The driver's calls and its device-to-device copy."""
+        """Measures the driver's calls and its device-to-device copy."""
         tool = self._arguments.driver_calls
         if tool is None or not tool.exists():
             self.result["absent"]["driver calls"] = f"{tool} was not built"
@@ -108,7 +108,7 @@ class Run:
             self.result["copies"].append({"by": by, "gbps": gbps})
 
     def script(self, name: str, limit: float) -> None:
-        """A script of this folder whose last line is a JSON object."""
+        """Runs a script of this folder whose last line is a JSON object."""
         self.say(name)
         command = [sys.executable, str(_HERE / f"{name}.py"), *self._extra]
         if name != "mapping":
@@ -120,7 +120,7 @@ class Run:
             self.result["left_out"].append({"peer": name, "reason": "no result: see the log"})
 
     def contender(self, name: str, limit: float, again: bool = False) -> None:
-        """One worker; with `again` the core decode shapes of its first variant once more."""
+        """Runs one worker; with `again`, the core decode shapes of its first variant again."""
         self.say(f"{NAMES[name]}{' again' if again else ''}, up to {limit:.0f} s")
         options = ["--limit", str(max(limit - 10, 1))]
         if again:
@@ -130,7 +130,7 @@ class Run:
             try:
                 answer = json.loads(line)
             except ValueError:
-                continue  # cut off in the middle
+                continue  # truncated
             self._take(name, answer, again)
 
     def _take(self, name: str, answer: dict[str, Any], again: bool) -> None:
@@ -150,7 +150,7 @@ class Run:
             self.result["errors"].append(answer)
 
     def all(self) -> None:
-        """All chosen sections; time is reserved for the last ones."""
+        """Runs all chosen sections; time is reserved for the last ones."""
         only, dry = self._arguments.only, self._arguments.dry_run
         self._reserved = 45 * ("mapping" in only) + 95 * ("llama" in only) + 50 * ("shared" in only)
         if "driver" in only:
@@ -176,7 +176,7 @@ class Run:
         self._fractions()
 
     def _fractions(self) -> None:
-        """Speeds, and their share of the fastest copy."""
+        """Adds speeds, and their fractions of the fastest copy."""
         copy = max((c["gbps"] for c in self.result["copies"]), default=float("nan"))
         self.result["copy_gbps"] = copy
         for record in self.result["attention"] + self.result["again"]:

@@ -1,4 +1,4 @@
-"""Every kernel once or twice on small inputs, against float64, to be run under compute-sanitizer.
+"""Runs every kernel on small inputs under compute-sanitizer, and compares results with float64.
 
     compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py
 
@@ -35,7 +35,7 @@ _MAX = 700
 
 
 def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
-    """Append, decode, prefill, mixture and variants; acquire, release and rollback."""
+    """Append, decode, prefill, mixed batches and variants; acquire, release and rollback."""
     layout, storage, query, heads, group, dim = config
     spec = kvp.CacheSpec(2, heads, dim, 5, _MAX, dtype=jnp.dtype(storage), layout=layout)
     spec = spec.resolve("cuda" if jax.default_backend() == "gpu" else "cpu")
@@ -65,14 +65,14 @@ def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
         rig.model.truncate(slots[0], 9)
         rig.release(slots[1])
         rig.check_lengths()
-        # The plain implementation reads the cache through the gather kernel.
+        # implementation="xla" reads the cache with the gather kernel.
         out, _, want_out, _ = rig.step([(slots[0], 2), (slots[2], 1)], implementation="xla")
         check_output(out, want_out, jnp.dtype(query), 6.0, config)
         pool.check(rig.cache)
 
 
 def _by_table(rig: Rig, slot: int, spec: kvp.CacheSpec) -> None:
-    """One sequence's next tokens, written and read through the pool's block table."""
+    """Writes and reads a sequence's next tokens through the pool's block table."""
     n = 19
     k, v = (jnp.asarray(x[0], input_dtype(spec)) for x in rig.random_kv(n))
     q = jnp.asarray(rig.random_q(n)[0], rig.query_dtype)
@@ -129,7 +129,7 @@ def _fault() -> None:
 
 
 def main() -> int:
-    """Runs all; an assertion or the sanitizer stops it."""
+    """Runs everything; stopped by an assertion or the sanitizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Scripts that run in processes apart, within a time limit, and the tables that they print."""
+"""Runs scripts in separate processes within a time limit, and prints tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def output_of(command: list[str], limit: float, errors: IO[str] | None = None) -
     """Runs a command.
 
     Args:
-        command: with its arguments.
-        limit: seconds, after which it is killed.
-        errors: where its standard error goes; None: to this process's.
+        command: the command and its arguments.
+        limit: seconds after which it is killed.
+        errors: the file for its standard error; None: this process's.
 
     Returns:
-        What it printed, up to its end or the limit; and why it ended early, "" if it did not.
+        What it printed within the limit, and why it ended early, "" if it did not.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

@@ -1,12 +1,12 @@
-"""Decode attention of sequences that share a prefix: read once, once for each, and without sharing.
+"""Decode attention with a shared prefix: read once, read once per sequence, and without sharing.
 
     python benchmarks/gpu/shared_prefix.py [--platform cuda] [--dry-run] [--limit 60]
 
-"together" are forks of one sequence: what they share is read once for all rows of a group where
-that saves enough. "each" are the same forks with a sliding window that hides their first token, so
-that they are not grouped: what is shared comes from the second-level cache at best. "copies" hold
-equal tokens in memory of their own. Shapes that share little show what grouping costs where it
-gains nothing. One JSON object last.
+"together" are forks of one sequence: their common prefix is read once for all rows of a group if
+that saves enough. "each" are the same forks with a sliding window that excludes their first token,
+so that they are not grouped: the prefix is read from the second-level cache at best. "copies" have
+the same tokens in separate memory. Shapes that share little show the cost of grouping without a
+gain. Prints one JSON object last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from timing import measure
 import jax_kvpage as kvp
 
 _HEADS, _LAYERS, _CALLS = 32, 8, 8
-# Sequences, shared tokens, tokens of each alone; the most important shape first.
+# Sequences, shared tokens, private tokens of each; the most important shape first.
 _SHAPES = ((32, 4096, 64), (2, 4096, 64), (32, 128, 64), (2, 512, 64), (64, 8192, 512))
 _DRY_SHAPES = ((4, 64, 16),)
 _LAYOUTS = ("fused", "per_layer")
@@ -48,12 +48,12 @@ def _attend(
 
 
 def _fill(pool: kvp.KVPool, shape: tuple[int, int, int], copies: bool) -> Any:
-    """The slots of the sequences, the last token of each new, and the cache."""
+    """Fills the sequences; returns their slots, each with its last token new, and the cache."""
     sequences, shared, own = shape
     slots, cache = pool.acquire(pool.cache(), [shared + own] * (sequences if copies else 1))
     for slot in slots:  # one by one, so that all have the same tokens
         cache = fill_slots(cache, [slot], shared)
-    # The last of these tokens is not advanced over.
+    # `fill_slots` does not advance over the last token.
     cache = jax.jit(kvp.advance)(cache, kvp.Batch.from_lengths(slots, [1] * len(slots)))
     if not copies:
         pool.commit(slots[0], range(shared))
@@ -83,7 +83,7 @@ class _Bench:
         return kvp.KVPool(spec, blocks * spec.block_bytes)
 
     def _time(self, cache: kvp.KVCache, batch: kvp.Batch, window: int | None) -> tuple[float, Any]:
-        """Seconds a call, and the bits of its result."""
+        """Seconds per call, and the bits of its result."""
         q = jax.random.normal(
             jax.random.key(1), (batch.slots.shape[0], _HEADS, HEAD_DIM), jnp.bfloat16
         )
@@ -98,7 +98,7 @@ class _Bench:
         return times["seconds"], out.tobytes()
 
     def measure(self, shape: tuple[int, int, int], layout: str) -> dict[str, Any]:
-        """A row of the table."""
+        """Measures a row of the table."""
         sequences, shared, own = shape
         seconds: dict[str, float] = {}
         bits = {}
@@ -128,7 +128,7 @@ class _Bench:
 
 
 def main() -> int:
-    """All shapes in both layouts; exit status 1 where a result differs from that of the copies."""
+    """Measures all shapes in both layouts; returns 1 if a result differs from that of copies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")

@@ -1,12 +1,12 @@
-"""Swapping from the card to host memory: its bandwidth, and how much it slows running kernels.
+"""Swapping from GPU to host memory: its bandwidth, and how much it slows down running kernels.
 
     python benchmarks/gpu/swapping.py [--dry-run]
 
-A sequence is swapped out and in again, alone and behind ten decode steps of others (attention over
-all layers) that were queued before; the same steps without a swap are the other side of that. The
-floor of each direction is a copy between a JAX array and the host. Times have everything in them:
-the release, the wait for it, copies, mapping. Prints rows, JSON last. A dry run is tiny and says
-nothing about speed: JAX_KVPAGE_FAKE_DRIVER=cuda tries it without a card.
+A sequence is swapped out and in again, alone and after ten queued decode steps of others (attention
+over all layers); the same steps are also measured without a swap. The floor in each direction is a
+copy between a JAX array and the host. Times include the release, the wait for it, copies and
+mapping. Prints rows, JSON last. A dry run is tiny and says nothing about speed; with
+JAX_KVPAGE_FAKE_DRIVER=cuda it needs no GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Bench:
         self.pool = kvp.KVPool(spec, blocks * spec.block_bytes, store=self.store)
         self.context, self.layout = context, layout
         slots, self.cache = self.pool.acquire(self.pool.cache(), [context] * (batch + 1))
-        # Steps read the token that is the last one, as if it were new.
+        # Steps read the last token as if it were new.
         rows = jax.random.normal(jax.random.key(0), (context, _KV_HEADS, _DIM), jnp.bfloat16)
         for slot in slots:
             self.cache = _append(self.cache, rows, kvp.Batch.from_lengths([slot], [context]))
@@ -75,7 +75,7 @@ class _Bench:
         return out
 
     def swap(self) -> tuple[float, float]:
-        """Seconds out, until the blocks are in the store, and seconds in."""
+        """Swaps out and in; returns seconds until the blocks are in the store, and seconds in."""
         begin = time.perf_counter()
         swapped, self.cache = self.pool.swap_out(self.cache, self.slot)
         while not swapped.in_store:
@@ -86,7 +86,7 @@ class _Bench:
         return middle - begin, time.perf_counter() - middle
 
     def rows(self) -> list[dict[str, Any]]:
-        self.swap()  # memory is pinned once
+        self.swap()  # pins the memory
         written = self.store.stats().bytes_written
         alone, beside, quiet, disturbed = [], [], [], []
         for _ in range(self.rounds):
@@ -122,12 +122,12 @@ class _Bench:
 
 
 def _floor(dry: bool) -> list[dict[str, Any]]:
-    """A plain copy each way, by JAX."""
+    """Measures a plain copy by JAX in each direction."""
     array = jnp.zeros((1 << 16) if dry else (1 << 28), jnp.uint8)
     jax.block_until_ready(array)
     out, back = [], []
     for i in range(6):
-        fresh = jax.block_until_ready(array + np.uint8(i))  # what is on the host is not kept
+        fresh = jax.block_until_ready(array + np.uint8(i))  # JAX caches an array's host copy
         begin = time.perf_counter()
         host = np.asarray(fresh)
         out.append(time.perf_counter() - begin)

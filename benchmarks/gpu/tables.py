@@ -12,9 +12,9 @@ from rich.table import Table
 __all__ = ["goals", "show"]
 
 Record = dict[str, Any]
-# The shape of the goals: as a pool of one layer, and as a layer of a deep pool.
+# The shape of the goals, in a pool of one layer and in a layer of a deep pool.
 _GOAL_LABEL, _GOAL_SHAPE, _GOAL_FRACTION = "B64 L8192", "64 x 8192", 0.85
-# Sequences and tokens that all share, of which reading them once is to pay off.
+# The number of sequences and of shared tokens for the goal of reading a prefix once.
 _SHARED_GOAL = (32, 4096)
 
 
@@ -139,7 +139,7 @@ def _driver_rows(driver: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """All tables; the most important ones last."""
+    """Prints all tables; the most important ones last."""
     for name, reason in result["absent"].items():
         console.print(f"absent: {NAMES.get(name, name)} ({reason})")
     left_out = {

@@ -1,9 +1,8 @@
-"""Times device work with a host clock, around queues long enough for its error to be negligible.
+"""Times device work with the host clock, over queues long enough to make errors negligible.
 
-A sample queues whole cycles (each goes over all copies of a case, so nothing is still in the cache
-when its turn comes again) until they take some 20 ms, and waits once at the end: the wait's 20
-microseconds are then a thousandth. Launch costs are part of the figure wherever the device runs
-idle, as in a program.
+A sample queues whole cycles (each over all copies of a case, so that nothing is still in the cache
+in the next cycle) for about 20 ms, and waits once at the end: the 20 microseconds of the wait are
+then a thousandth. Launch costs are included where the device becomes idle, as in a program.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ class Ready:
     """A case that is set up.
 
     Attributes:
-        run: queues this many cycles over all copies.
+        run: queues a number of cycles over all copies.
         wait: waits until all queued work is done.
-        output: the result for the first copy, float32 `[tokens, q_heads, dim]`.
-        calls: attention calls in a cycle; the number of copies.
+        output: returns the result for the first copy, float32 `[tokens, q_heads, dim]`.
+        calls: number of attention calls in a cycle, and of copies.
         close: frees all memory.
-        notes: further facts about this setup.
+        notes: additional facts about this setup.
     """
 
     run: Callable[[int], None]
@@ -53,16 +52,16 @@ def _sample(run: Callable[[int], None], wait: Callable[[], None], cycles: int) -
 def measure(
     run: Callable[[int], None], wait: Callable[[], None], calls: int, seconds: float
 ) -> dict[str, Any]:
-    """Seconds a call.
+    """Measures seconds per call.
 
     Args:
         run: queues a number of cycles.
         wait: waits for them.
-        calls: calls in a cycle.
-        seconds: to spend on samples, after warming up.
+        calls: number of calls in a cycle.
+        seconds: time to spend on samples, after warming up.
 
     Returns:
-        The median over samples, their quartiles, the fastest one, and how many there were.
+        The median over samples, their quartiles, the fastest one, and the number of samples.
     """
     _sample(run, wait, 2)  # compiles, loads, creates handles
     once = max(_sample(run, wait, 1), 1e-6)
@@ -85,5 +84,5 @@ def measure(
 def copy_bandwidth(
     run: Callable[[int], None], wait: Callable[[], None], num_bytes: int, seconds: float = 0.3
 ) -> float:
-    """Bytes read plus bytes written a second by a copy of `num_bytes` (each way) on the device."""
+    """Bytes read plus written per second by a copy of `num_bytes` (each way) on the device."""
     return 2 * num_bytes / measure(run, wait, 1, seconds)["seconds"]

@@ -1,9 +1,9 @@
-"""One contender's process: checks it against float64, then times it; prints one JSON object a line.
+"""Checks one contender against float64, then times it; prints one JSON object per line.
 
     python benchmarks/gpu/worker.py kvpage [--sections decode,prefill] [--platform cuda]
 
-A contender that is not installed says so and exits with status 0. Lines are printed as they are
-measured, so a process that is stopped loses only the remaining measurements.
+If the contender is not installed, this reports it and exits with status 0. Lines are printed as
+they are measured, so a process that is stopped loses only the remaining measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cases import Case, check_cases, decode_cases, is_core, prefill_cases
 from peers.base import Data
 from timing import measure
 
-# An error larger than this is a wrong result, not a rounding: inputs are normal deviates, outputs
+# A larger error is a wrong result and not rounding: inputs are normally distributed, outputs are
 # bfloat16.
 _TOLERANCE = {"int8": 0.1, "fp8": 0.4}
 
@@ -61,11 +61,11 @@ def _about(case: Case, variant: str) -> dict[str, Any]:
 
 
 class Worker:
-    """Answers for one contender.
+    """Checks and times one contender.
 
     Args:
         name: module below `contenders/`.
-        platform: "cuda", or "cpu" to try the script.
+        platform: "cuda", or "cpu" to test the script.
         answers: stream for the lines.
     """
 
@@ -76,12 +76,12 @@ class Worker:
         self.contender = importlib.import_module(f"contenders.{name}").CONTENDER(platform)
 
     def say(self, kind: str, **values: Any) -> None:
-        """One line."""
+        """Prints one JSON line."""
         line = {"kind": kind, "peer": self.name, **values}
         print(json.dumps(line), file=self._answers, flush=True)
 
     def check(self, sections: list[str], only: list[str]) -> None:
-        """A variant that is wrong in a section, or fails, is not timed there."""
+        """Checks all variants; one that fails or is wrong in a section is not timed there."""
         for case in check_cases():
             for variant in self.contender.variants:
                 if case.section not in sections or (only and variant not in only):
@@ -146,7 +146,7 @@ def main() -> int:
     arguments = parser.parse_args()
     begin = time.monotonic()
     os.environ["JAX_PLATFORMS"] = "cpu" if arguments.platform == "cpu" else "cuda,cpu"
-    # Libraries may print to stdout: answers go to a duplicate of it.
+    # Libraries may print to stdout, so answers go to a duplicate of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:

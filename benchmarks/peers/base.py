@@ -20,11 +20,11 @@ class Ready:
     """A case that is set up.
 
     Attributes:
-        cycle: attends once over every copy and returns when the results are there.
-        output: the result for the first copy, float32 `[tokens, q_heads, dim]`.
-        calls: attention calls in a cycle; the number of copies.
+        cycle: runs attention once over every copy and waits for the results.
+        output: returns the result for the first copy, float32 `[tokens, q_heads, dim]`.
+        calls: number of attention calls in a cycle, and of copies.
         close: frees all memory.
-        notes: further facts about this setup.
+        notes: additional facts about this setup.
     """
 
     cycle: Callable[[], object]
@@ -72,13 +72,13 @@ class Data:
 
 
 class Peer(abc.ABC):
-    """One system under test. Importing its module fails when the system is not installed."""
+    """A system under test. Importing its module fails if the system is not installed."""
 
     variants: ClassVar[tuple[str, ...]] = ("",)
 
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
-        """Packages and settings needed to repeat the measurement."""
+        """Versions and settings needed to repeat the measurement."""
 
     def unsupported(self, case: Case, variant: str) -> str | None:
         """Why this case cannot be run, or None."""

@@ -1,4 +1,4 @@
-"""Paged attention in plain JAX: pages are gathered through a block table, then attended densely."""
+"""Paged attention in plain JAX: gathers pages through a block table, then runs dense attention."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class JaxGather(Peer):
         return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "page": str(_PAGE)}
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Rectangular batches only."""
+        """Supports rectangular batches only."""
         del variant
         return "a batch is rectangular" if len(set(case.new)) > 1 else None
 

@@ -1,4 +1,4 @@
-"""`jax.nn.dot_product_attention` over a static cache: every sequence has the longest one's room."""
+"""`jax.nn.dot_product_attention` over a static cache with room for the longest sequence."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class JaxStatic(Peer):
         return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Decodes, or whole prompts."""
+        """Supports decode and full prompts only."""
         del variant
         if case.section == "decode" or (len(case.new) == 1 and case.new == case.contexts):
             return None

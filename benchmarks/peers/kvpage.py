@@ -19,14 +19,14 @@ from peers.base import Data, Peer, Ready
 
 __all__ = ["PEER"]
 
-# Quantized storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
-# speeds compare as times do: twice the fraction of the floor is half the time.
+# Quantized storage with bfloat16 queries. Bytes are counted as for bfloat16, so that speeds are
+# comparable: twice the fraction of the floor is half the time.
 _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attend(layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any) -> Any:
-    """A step's worth of attention: each layer's queries come from the layer before."""
+    """The attention of a step: each layer's queries are the output of the previous layer."""
     for i in range(layers):
         q = kvp.paged_attention(q, cache, batch, layer=first + i)
     return q
@@ -56,7 +56,7 @@ def _append(cache: kvp.KVCache, k: jax.Array, v: jax.Array, batch: kvp.Batch) ->
 
 
 class KVPage(Peer):
-    """Variants: how blocks are laid out, and what a program calls."""
+    """The variants differ in the layout of blocks and in the ops that a program calls."""
 
     variants = ("fused", "per_layer", "scattered", "update", "single call", "exact", *_STORED)
 
@@ -69,7 +69,7 @@ class KVPage(Peer):
         }
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Some variants make sense for decoding only."""
+        """Some variants are for decode only."""
         if variant in _STORED and case.dtype != "bfloat16":
             return "compared with bfloat16"
         if case.section != "decode" and variant in ("scattered", "single call"):

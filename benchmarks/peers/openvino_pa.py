@@ -1,7 +1,7 @@
-"""OpenVINO's PagedAttention on CPU: a model of one node over caches of blocks of 32 tokens.
+"""OpenVINO's PagedAttention on CPU: a model with one node over caches with blocks of 32 tokens.
 
-The cache has the precision of the case (KV_CACHE_PRECISION; OpenVINO's own default is u8). A call
-also writes its new tokens, as `update_and_attend` does. `_PagedAttentionExtension` is not a public
+The cache has the precision of the case (KV_CACHE_PRECISION; OpenVINO's default is u8). A call also
+writes its new tokens, like `update_and_attend`. `_PagedAttentionExtension` is not a public
 operator; its inputs below are those of the releases of 2026.
 """
 
@@ -29,7 +29,7 @@ def _constant(kind: ov.Type, values: Any, shape: list[int]) -> Any:
 
 
 def _model(case: Case) -> ov.Model:
-    """Queries, keys, values and caches are parameters, everything optional is switched off."""
+    """Makes a model with queries, keys, values and caches as parameters, and all options off."""
     kind, i32, f32 = _TYPES[case.dtype], ov.Type.i32, ov.Type.f32
 
     def parameter(name: str, shape: list[int], dtype: ov.Type) -> Any:
@@ -103,7 +103,7 @@ class OpenvinoPa(Peer):
         if case.dtype == "float32":
             tensor.data[:] = values
         else:
-            # The upper half of a float32, rounded to even: NumPy has no bfloat16.
+            # The upper half of a float32, rounded to even, because NumPy has no bfloat16.
             bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             tensor.data.view(np.uint16)[:] = rounded.astype(np.uint16)
@@ -125,7 +125,7 @@ class OpenvinoPa(Peer):
         return [self._tensor(case, values) for values in pair]
 
     def prepare(self, data: Data, variant: str) -> Ready:
-        """Blocks in random order; their layout inside is checked by the suite's comparison."""
+        """Blocks in random order; the comparison with float64 verifies the layout inside them."""
         del variant
         case, request = data.case, self._request(data.case)
         counts = [-(-n // _BLOCK) for n in case.contexts]
@@ -143,7 +143,7 @@ class OpenvinoPa(Peer):
             "subsequence_begins": case.offsets,
             "blocks": order,
             "blocks_begins": np.cumsum([0, *counts]),
-            # Work is divided by it, so a longer array than needed costs time.
+            # Work is split by this, so a larger value than needed costs time.
             "longest": max(case.contexts),
         }
         tensors = {name: ov.Tensor(np.asarray(x, np.int32)) for name, x in indices.items()}

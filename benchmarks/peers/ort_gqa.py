@@ -1,6 +1,6 @@
-"""onnxruntime's GroupQueryAttention: a model of one node whose past and present share a buffer.
+"""onnxruntime's GroupQueryAttention: a model with one node whose past and present share a buffer.
 
-It has no bfloat16 on CPU: those columns are float16, which is as many bytes.
+It has no bfloat16 on CPU: these columns are float16, which has the same size.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class OrtGqa(Peer):
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def versions(self) -> dict[str, str]:
-        """Version and the type that stands for bfloat16."""
+        """The version, and the type used instead of bfloat16."""
         return {"onnxruntime": ort.__version__, "bfloat16": "float16 instead"}
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Decodes, or whole prompts."""
+        """Supports decode and full prompts only."""
         del variant
         if case.section == "decode" or (len(case.new) == 1 and case.new == case.contexts):
             return None
@@ -79,7 +79,7 @@ class OrtGqa(Peer):
         return self._sessions[case.dtype]
 
     def prepare(self, data: Data, variant: str) -> Ready:
-        """Caches head-major `[batch, kv_heads, longest, dim]`; a call writes its new token too."""
+        """Head-major caches `[batch, kv_heads, longest, dim]`; a call also writes its new token."""
         del variant
         case = data.case
         session = self._session(case)

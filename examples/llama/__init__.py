@@ -1,3 +1,3 @@
-"""A Llama in Flax nnx that serves from a jax_kvpage cache: model, checkpoint, tokenizer, sampling,
+"""A Llama model in Flax nnx that uses a jax_kvpage cache: model, checkpoint, tokenizer, sampling,
 engine, report.
 """

@@ -1,6 +1,6 @@
-"""The command line of decode_llama.py: its options.
+"""The command-line options of decode_llama.py.
 
-This module does not import JAX, so that `--help` and most mistakes are answered at once.
+This module does not import JAX, so that `--help` and most errors appear immediately.
 """
 
 import argparse
@@ -30,14 +30,14 @@ _LARGEST = 2**31 - 1  # lengths and counts are int32 on the device
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, without the usage page in front."""
+    """Reports errors in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all options; each describes itself with its default."""
+    """Makes the parser; the help text of each option states its default."""
     parser = _Parser(
         prog="decode_llama.py",
         description=description,
@@ -253,7 +253,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
 def parse_arguments(
     argv: Sequence[str] | None = None, description: str | None = None
 ) -> argparse.Namespace:
-    """The command line; exits with status 2 on a mistake."""
+    """Parses the command line; exits with status 2 on a mistake."""
     parser = make_parser(description)
     args = parser.parse_args(argv)
     if args.scan < 0:
@@ -297,7 +297,7 @@ def talks(args: argparse.Namespace) -> bool:
 
 
 def process_problem(args: argparse.Namespace) -> str | None:
-    """What is wrong with the options about several processes."""
+    """What is wrong with the options for several processes; None if nothing is."""
     count = args.num_processes
     if (args.coordinator is None) != (count == 1):
         return "--coordinator and --num-processes (2 or more) go together"
@@ -321,7 +321,7 @@ def plot_problem(file: pathlib.Path) -> str | None:
     try:
         if not file.absolute().parent.is_dir():
             return f"there is no directory {file.absolute().parent}"
-        # Permissions do not tell all (read-only and special file systems), so the file is opened.
+        # Permissions are not enough (read-only and special file systems), so open the file.
         existed = file.exists()
         with file.open("ab"):
             pass
@@ -333,7 +333,7 @@ def plot_problem(file: pathlib.Path) -> str | None:
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
+    """Parses an integer of 1 or more; an argparse type."""
     try:
         value = int(text)
     except ValueError:

@@ -1,8 +1,7 @@
-"""Chat: messages become a prompt through the checkpoint's own template.
+"""Chat: converts messages to a prompt with the checkpoint's template.
 
-Templates are Jinja programs from the makers of the checkpoint. They run in Jinja's immutable
-sandbox, with the settings and helpers that transformers gives them, so that both render the same
-text.
+Templates are Jinja programs by the authors of the checkpoint. They run in Jinja's immutable
+sandbox, with the same settings and helpers as in transformers, so that both render the same text.
 """
 
 import datetime
@@ -25,7 +24,7 @@ Message = Mapping[str, Any]
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
-# The tokens that templates may name; checkpoints of older versions list them in a separate file.
+# The tokens that templates may use; older checkpoints list them in a separate file.
 _SPECIAL_FILE = "special_tokens_map.json"
 _SPECIAL = (
     "bos_token",
@@ -63,18 +62,18 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **values: Any
     ) -> str:
-        """The text of a conversation.
+        """Renders the text of a conversation.
 
         Args:
-          messages: Each with a role and a content.
+          messages: Messages, each with a role and a content.
           add_generation_prompt: Whether the text ends where the assistant's answer begins.
-          **values: Further variables of the template, such as `enable_thinking` or `tools`.
+          **values: More variables of the template, such as `enable_thinking` or `tools`.
 
         Raises:
           TokenizerError: The template refuses the conversation, or fails.
         """
         given = {"tools": None, "documents": None, **self._tokens, **values}
-        # Templates distinguish absent keys from others, and would print a None.
+        # Templates test whether a key is present, and would print a None.
         present = [
             {name: value for name, value in message.items() if value is not None}
             for message in messages
@@ -90,12 +89,12 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks, which mark the assistant's text for training, as plain text."""
+    """Renders `{% generation %}` blocks, which mark text for training, as plain text."""
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """A scope around the block's statements, as a call block would be."""
+        """Parses the block as a call block, so that its statements have their own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_text")
@@ -124,7 +123,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes for HTML of Jinja's filter."""
+    """Encodes JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -139,7 +138,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _source(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[pathlib.Path, str]:
-    """The template's text and the file that it is from."""
+    """Finds the template; returns its file and its text."""
     file = path / _TEMPLATE_FILE
     if file.is_file():
         try:
@@ -171,7 +170,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _token_text(value: object) -> str | None:
-    """A special token, given as its text or as an object with a content."""
+    """The text of a special token, given as text or as an object with a content."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None

@@ -1,8 +1,8 @@
 """Reads and writes the weights of a Hugging Face model: safetensors, in one file or sharded.
 
-Tensors are read straight into the model's arrays (tensors.py), also those that the model keeps as
-one: a checkpoint of several gigabytes is never held twice. Every problem of the whole checkpoint is
-found before the first tensor is read, and reported at once.
+Tensors are read directly into the model's arrays (tensors.py), including those that the model fuses
+into one array, so a checkpoint of several gigabytes is never in memory twice. The entire checkpoint
+is checked before the first tensor is read, and all problems are reported together.
 """
 
 import concurrent.futures
@@ -27,25 +27,25 @@ __all__ = ["CheckpointError", "load_model", "save_model"]
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
-# Rotary frequencies, stored by some old checkpoints; they follow from the configuration.
+# Rotary frequencies, stored in some old checkpoints; they are computed from the configuration.
 _IGNORED = ".rotary_emb.inv_freq"
-_LISTED = 8  # names in an error message
+_LISTED = 8  # the most names in an error message
 
-_Tensor = tuple[str, tuple[int, ...]]  # its name in the checkpoint, and its shape
+_Tensor = tuple[str, tuple[int, ...]]  # name in the checkpoint, and shape
 
 
 class CheckpointError(ValueError):
-    """Weights that are missing, damaged, or not those that the configuration describes."""
+    """Weights that are missing, damaged, or do not match the configuration."""
 
 
 def load_model(path: str | pathlib.Path, *, dtype: jnp.dtype | None = None) -> Llama:
-    """The model in the directory `path`, with weights and arithmetic in `dtype` (None: as in its
-    config.json).
+    """Loads the model in the directory `path`, with weights and arithmetic in `dtype` (None: as in
+    its config.json).
 
     Raises:
-      ConfigError: As `load_config`.
-      CheckpointError: A file or tensor is missing, has another shape or type than expected, or is
-        not the model's.
+      ConfigError: As for `load_config`.
+      CheckpointError: A file or tensor is missing, has an unexpected shape or type, or does not
+        belong to the model.
     """
     path = pathlib.Path(path)
     config = load_config(path)
@@ -61,7 +61,7 @@ def load_model(path: str | pathlib.Path, *, dtype: jnp.dtype | None = None) -> L
             file: stack.enter_context(TensorFile(file)) for file in sorted(set(files.values()))
         }
         readers = {name: opened[file] for name, file in files.items()}
-        # Two threads: the kernel copies for one while the other gets memory or converts.
+        # Two threads: one reads while the other allocates memory or converts.
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
         read = functools.partial(_read, readers, dtype=chosen)
         weights = list(threads.map(read, parameters))
@@ -69,7 +69,7 @@ def load_model(path: str | pathlib.Path, *, dtype: jnp.dtype | None = None) -> L
 
 
 def _read(readers: dict[str, TensorFile], tensors: list[_Tensor], dtype: jnp.dtype) -> jax.Array:
-    """A parameter of the model: one tensor of a file, or several one after another."""
+    """Reads a parameter of the model: one tensor, or several to concatenate."""
     (_, (_, *inner)) = tensors[0]
     rows = [shape[0] for _, shape in tensors]
     whole = aligned_empty((sum(rows), *inner), dtype)
@@ -77,7 +77,7 @@ def _read(readers: dict[str, TensorFile], tensors: list[_Tensor], dtype: jnp.dty
     for (name, _), count in zip(tensors, rows, strict=True):
         readers[name].read_into(name, whole[end : end + count])
         end += count
-    # On CPU JAX takes over the array's memory; elsewhere it is copied to the device and freed.
+    # On CPU, JAX uses the array's memory; elsewhere the array is copied to the device and freed.
     return jax.device_put(whole)
 
 
@@ -101,8 +101,8 @@ def save_model(model: Llama, path: str | pathlib.Path, *, dtype: jnp.dtype = jnp
 def _tensors(
     config: LlamaConfig, key_path: jax.tree_util.KeyPath, shape: tuple[int, ...]
 ) -> list[_Tensor]:
-    """The checkpoint's tensors that a parameter consists of: the model's attributes follow the
-    checkpoint's names closely.
+    """The checkpoint's tensors that make up a parameter, derived from the names of the model's
+    attributes, which are close to those of the checkpoint.
     """
     parts = [str(getattr(key, "key", getattr(key, "name", key))) for key in key_path]
     if parts[-1] == "value":
@@ -128,12 +128,12 @@ def _gate_up_rows(config: LlamaConfig) -> dict[str, int]:
     return dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
 
 
-# The projections that the model computes as one, with the rows of each.
+# The projections that the model fuses, with the rows of each.
 _FUSED = {"qkv_proj": _qkv_rows, "gate_up_proj": _gate_up_rows}
 
 
 def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Which file holds which tensor, by the index if there is one."""
+    """The file of each tensor, from the index if there is one."""
     if (path / _INDEX).is_file():
         try:
             index = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -170,14 +170,15 @@ def _check(
     shapes: dict[str, tuple[int, ...]],
     files: dict[str, pathlib.Path],
 ) -> None:
-    """Compares what the model needs with what the files hold; one error for all differences."""
+    """Compares the tensors that the model needs with the files; raises one error for all
+    differences."""
     problems = []
     missing = [name for name in shapes if name not in files]
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
     extra = sorted(name for name in files if name not in shapes and not name.endswith(_IGNORED))
     if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # saved by some although it is the embedding
+        extra.remove("lm_head.weight")  # a copy of the embedding in some checkpoints
     if extra:
         problems.append(f"{len(extra)} tensors are not of this model: {_some(extra)}")
     wrong = []

@@ -1,8 +1,8 @@
-"""Reads the `config.json` of a Hugging Face model of Llama's shape.
+"""Reads the `config.json` of a Hugging Face model of a Llama-like architecture.
 
-Only the families of families.py are accepted: a file of another architecture may look much the same
-and still need another forward pass. Every setting that changes the forward pass is honoured, or
-refused before any weight is read. Keys that only concern training or other programs are ignored.
+Only the families of families.py are accepted: the file of another architecture may look similar but
+need another forward pass. Every setting that changes the forward pass is either honoured or refused
+before any weight is read. Keys that only concern training or other programs are ignored.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from .values import ConfigError, boolean, integer, number, read_object, same, sh
 __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "load_config", "parse_config"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MOST_LAYERS = 4096  # a damaged number must not build a model of millions of layers
-# Settings of other architectures, and the values at which they do not change the model. Some
-# conversions keep the model_type and still need them.
+_MOST_LAYERS = 4096  # so that a damaged number does not build a model of millions of layers
+# Settings of other architectures, and the values at which they have no effect. Some converted
+# models need them although their model_type does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -55,9 +55,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class LlamaConfig:
     """The part of a `config.json` that the model code needs; most names follow Hugging Face.
 
-    `attention_bias` is that of q, k and v. `windows` holds the sliding window of each layer (None:
-    the whole sequence), `rotated` whether each layer has a rotary embedding; empty means that all
-    layers attend to everything, and rotate.
+    `attention_bias` is for q, k and v. `windows` holds the sliding window of each layer (None: the
+    entire sequence); if it is empty, no layer has one. `rotated` holds whether each layer has a
+    rotary embedding; if it is empty, all layers have one.
     """
 
     vocab_size: int
@@ -82,16 +82,16 @@ class LlamaConfig:
 
     @property
     def family(self) -> Family:
-        """What this model's architecture has beyond Llama's."""
+        """The family of this model's architecture."""
         return FAMILIES[self.model_type]
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens that a sequence may have: the trained positions, stretched by the RoPE scaling."""
+        """The most tokens of a sequence: the trained positions, extended by RoPE scaling."""
         return self.rope.longest_sequence(self.max_position_embeddings)
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer; None if it attends to the whole sequence."""
+        """The sliding window of a layer; None if it attends to the entire sequence."""
         return self.windows[layer] if self.windows else None
 
     def rotates(self, layer: int) -> bool:
@@ -99,8 +99,8 @@ class LlamaConfig:
         return self.rotated[layer] if self.rotated else True
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` of this model, with the older names that every version of transformers
-        reads.
+        """The `config.json` of this model, with the older names of keys, which every version of
+        transformers reads.
         """
         eos: int | list[int] | None = list(self.eos_token_ids)
         if len(self.eos_token_ids) <= 1:
@@ -138,7 +138,7 @@ def load_config(path: str | pathlib.Path) -> LlamaConfig:
         config = parse_config(read_object(file))
     except ConfigError as error:
         raise ConfigError(_about(file, error)) from error
-    # Chat models often name the end of a turn only here.
+    # Chat models often have the end-of-turn token only in this file.
     generation = file.with_name("generation_config.json")
     if generation.is_file():
         try:
@@ -156,8 +156,8 @@ def _about(file: pathlib.Path, error: ConfigError) -> str:
 
 
 def _no_config(path: pathlib.Path) -> str:
-    """The error for a path without a config.json: the name of a model on the Hub is a common
-    case."""
+    """The error for a path without a config.json, with a hint if it looks like the name of a model
+    on the Hub."""
     problem = f"no config.json in {path}"
     if not path.is_dir():
         problem += ", which is not a directory" if path.exists() else ", which does not exist"
@@ -229,7 +229,7 @@ def parse_config(values: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _bias(family: Family, values: Mapping[str, Any], name: str) -> bool:
-    """Whether projections have a bias, which only some architectures leave to `config.json`."""
+    """Whether projections have a bias; fixed in some architectures, else set by `config.json`."""
     fixed = getattr(family, name)
     given = boolean(values, name, bool(fixed))
     if fixed is not None and given != fixed:
@@ -240,7 +240,7 @@ def _bias(family: Family, values: Mapping[str, Any], name: str) -> bool:
 
 
 def _refuse_other_models(values: Mapping[str, Any]) -> None:
-    """Refuses what needs another forward pass or another reader of weights."""
+    """Refuses models that need another forward pass or another reader of weights."""
     for name in ("quantization_config", "compression_config"):
         given = values.get(name)
         if given is None or given == {}:

@@ -1,4 +1,4 @@
-"""The user's side of an interactive chat: messages from a terminal or a pipe, and Ctrl-C."""
+"""Input for an interactive chat: messages from a terminal or a pipe, and Ctrl-C."""
 
 import contextlib
 import signal
@@ -14,11 +14,11 @@ class Console:
     """Standard input, one message a line; blank lines are skipped.
 
     Args:
-      json: Whether standard output is for JSON only, so that nobody is asked for a message.
+      json: Whether standard output is for JSON only, so that there is no prompt for messages.
 
     Attributes:
-      interactive: Whether a person types the messages. Then the terminal shows them already, and
-        Ctrl-C ends an answer, not the program.
+      interactive: Whether a user types the messages. Then the terminal echoes them, and Ctrl-C ends
+        the answer instead of the program.
     """
 
     def __init__(self, json: bool) -> None:
@@ -27,10 +27,10 @@ class Console:
         self._pressed = False
 
     def messages(self) -> Iterator[str]:
-        """The user's messages, up to the end of the file or Ctrl-D.
+        """Yields the user's messages, up to the end of the file or Ctrl-D.
 
         Raises:
-          InputError: A message that is not valid text, or no message in a pipe or a file.
+          InputError: A message that is not valid text, or a pipe or file without messages.
         """
         count = 0
         try:
@@ -46,10 +46,10 @@ class Console:
             )
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has been pressed since the newest message.
+        """Whether Ctrl-C was pressed since the latest message.
 
-        A second Ctrl-C is a KeyboardInterrupt as usual. So is the first in a run that is not
-        interactive.
+        A second Ctrl-C raises KeyboardInterrupt as usual. If the run is not interactive, the first
+        one does.
         """
         return self._pressed
 
@@ -60,7 +60,7 @@ class Console:
             return
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (editing and history for `input`)
-        # Elsewhere it is the caller's affair, or ignored.
+        # Otherwise the caller handles it, or it is ignored.
         ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
             while True:

@@ -1,4 +1,4 @@
-"""Conversations with a chat model: messages and answers become the token ids of the next prompt."""
+"""Conversations with a chat model: turns messages and answers into the next prompt's token ids."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ class Conversation:
     """The messages of one conversation.
 
     Args:
-      template: Of the checkpoint.
-      tokenizer: Of the checkpoint.
+      template: The checkpoint's chat template.
+      tokenizer: The checkpoint's tokenizer.
       stop_ids: Token ids that end an answer.
 
     Attributes:
-      messages: Of the user and of the assistant, in turns.
+      messages: The messages of the user and of the assistant, alternating.
     """
 
     def __init__(
@@ -33,19 +33,18 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> list[int]:
-        """Adds a message of the user; returns the ids of the prompt for the answer."""
+        """Adds a message of the user; returns the prompt ids for the answer."""
         self.messages.append({"role": "user", "content": text})
         self._prompt = self._template.render(self.messages)
         # The template writes the special tokens itself.
         return self._tokenizer.encode(self._prompt, special=False)
 
     def follow(self, prompt_ids: list[int], output_ids: list[int], text: str) -> list[int]:
-        """Adds an answer and the user's next message; returns the ids of the prompt for the next
-        answer.
+        """Adds an answer and the user's next message; returns the prompt ids for the next answer.
 
-        Where the new text continues the answer, so do the ids: the cache then has all of them. Some
-        templates change earlier messages (they drop thoughts, or trim). Then the whole text is
-        encoded, and the cache serves what both have in common.
+        If the new text continues the old one, so do the ids, and the cache has all the earlier
+        ones. Some templates change earlier messages (they drop reasoning, or strip whitespace).
+        Then the entire text is encoded again, and the cache has the common prefix.
         """
         stopped = bool(output_ids) and output_ids[-1] in self._stop_ids
         kept = output_ids[:-1] if stopped else output_ids
@@ -60,10 +59,10 @@ class Conversation:
         return [*prompt_ids, *kept, *more]
 
     def next_request(self, request: Request, text: str, max_seq_len: int) -> Request:
-        """The request that continues with the user's message `text` after a finished one.
+        """The request for the answer to the user's message `text`, after a finished request.
 
         Raises:
-          InputError: The conversation has become longer than a sequence may be.
+          InputError: The conversation has become too long for a sequence.
         """
         ids = self.follow(request.prompt_ids, request.output_ids, text)
         if len(ids) >= max_seq_len:
@@ -74,8 +73,8 @@ class Conversation:
         return Request(request.index, ids, request.max_new_tokens)
 
     def later_turns(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids that later messages of the user add, apart from the answers: an estimate of how long
-        the conversation gets.
+        """The ids that the user's later messages add, without the answers, to estimate the length
+        of the conversation.
         """
         messages: list[Mapping[str, Any]] = list(self.messages)
         length, turns = len(self._prompt), []

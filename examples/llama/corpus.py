@@ -1,9 +1,9 @@
-"""English text that every Python installation has: the language reference, docstrings and comments
-of the library.
+"""English text from any Python installation: the language reference, and docstrings and comments of
+the standard library.
 
-The bundled model is trained on it, so that nothing has to be downloaded or licensed separately (it
-is all under the PSF licence that comes with Python). The corpus depends only on the Python version:
-files are read in sorted order, from the standard library only, never from site-packages.
+The bundled model is trained on it, so that nothing has to be downloaded or licensed separately (all
+of it is under Python's PSF licence). The corpus depends only on the Python version: files are read
+in sorted order, from the standard library only, never from site-packages.
 """
 
 import ast
@@ -18,8 +18,8 @@ from pydoc_data import topics
 
 __all__ = ["build", "is_held_out"]
 
-# Parts of the library that are tests, other people's code, generated, or absent from some
-# distributions' packages.
+# Parts of the library that are tests, third-party or generated code, or missing from the packages
+# of some distributions.
 _SKIP = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings"),
     *("site-packages", "dist-packages", "lib-dynload", "__pycache__", "pydoc_data", "distutils"),
@@ -29,7 +29,7 @@ _PROSE_SHARE = 0.86  # letters and spaces in a paragraph; tables, grammars and c
 
 
 def build() -> list[str]:
-    """The documents, in a fixed order; no paragraph occurs twice in them."""
+    """Returns the documents, in a fixed order, without repeated paragraphs."""
     seen: set[str] = set()
     documents = []
     for raw in itertools.chain(_topics(), _library()):
@@ -41,7 +41,7 @@ def build() -> list[str]:
 
 
 def is_held_out(document: str) -> bool:
-    """Whether a document is kept from training: one in twenty, by a hash of its text."""
+    """Whether a document is excluded from training: one in twenty, by a hash of its text."""
     return hashlib.sha256(document.encode()).digest()[0] % 20 == 0
 
 
@@ -51,7 +51,7 @@ def _topics() -> Iterator[str]:
 
 
 def _library() -> Iterator[str]:
-    """Docstrings (a document for each module, class and function) and comments (one for each
+    """Yields docstrings (a document for each module, class and function) and comments (one for each
     module).
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -62,7 +62,7 @@ def _library() -> Iterator[str]:
         try:
             source = file.read_text(encoding="utf-8")
             tree = ast.parse(source)
-        except (SyntaxError, UnicodeDecodeError):  # a few files exist to be wrong
+        except (SyntaxError, UnicodeDecodeError):  # a few files are invalid on purpose
             continue
         module = ".".join(part for part in parts if part != "__init__")
         yield from _docstrings(tree, module)
@@ -85,9 +85,7 @@ def _comments(source: str) -> str:
 
 
 def _paragraphs(raw: str) -> Iterator[str]:
-    """Paragraphs of prose and headings, each on one line, without markup and other text that is
-    not prose.
-    """
+    """Yields headings and paragraphs of prose, each on one line, without markup."""
     for block in re.split(r"\n\s*\n", textwrap.dedent(raw.replace("\r", ""))):
         lines = block.splitlines()
         kept = [line.strip() for line in lines if line.strip() and not _RULE.match(line)]

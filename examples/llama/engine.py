@@ -1,5 +1,5 @@
 """Runs the requests of decode_llama.py on `jax_kvpage.serving.Engine`: samples, conversations,
-beams and guessed tokens.
+beam search and speculative decoding.
 """
 
 import time
@@ -32,24 +32,25 @@ class ServedEngine:
     """Generates text for a list of requests from one pool. A context manager.
 
     Args:
-      step: The model, as `model_step` gives it.
-      weights: Likewise.
-      pool: The memory. The engine expects to be its only user while it runs.
+      step: The step function of `model_step`.
+      weights: The weights of `model_step`.
+      pool: The pool. While the engine runs, nothing else may use it.
       sampling: How tokens are chosen.
       stop_ids: Token ids that end a sequence.
       num_beams: Width of beam search, which does not sample; 1 for none.
-      prefill_chunk: Most prompt tokens in one step; longer prompts take several.
-      num_guesses: Tokens to guess for each sequence and verify in one step; 0 for none.
-      draft: Guesses them; None for prompt lookup.
-      conversations: Whether requests find the tokens of earlier ones.
+      prefill_chunk: The most prompt tokens in one step; longer prompts take several steps.
+      num_guesses: Number of tokens to guess for each sequence and verify in one step; 0 for none.
+      draft: The draft model that guesses them; None for prompt lookup.
+      conversations: Whether requests reuse the cached tokens of earlier ones.
       on_token: Called with a request and each token it produces, in order.
-      on_finish: Called with each request when it has its finish_reason.
+      on_finish: Called with each request when its finish_reason is set.
 
     Attributes:
-      hypotheses: For each request run by beam search, its output_ids and scores, the best first.
-      samples: Memory over time, one for each step.
+      hypotheses: For each request of a beam search, its output_ids and scores, best first.
+      samples: Memory over time, one sample for each step.
       sharing: Memory saved by shared blocks, while samples or beams run.
-      steps: Steps run that gave tokens beyond the first ones; of beam search, all steps.
+      steps: Number of steps that produced tokens other than first ones; with beam search, of all
+        steps.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ServedEngine:
             prefix_caching=conversations,
             num_speculative_tokens=num_guesses,
             max_logprobs=max(2, 1 + len(stop_ids)) * num_beams,
-            admission=Watermark(0.0),  # as many as fit for now, as the figures of memory show
+            admission=Watermark(0.0),  # admit as many as fit now, to show memory at its limit
         )
         self._engine = Engine(step, weights, pool, config, draft=draft)
         self._pool = pool
@@ -103,30 +104,30 @@ class ServedEngine:
 
     @property
     def accepted(self) -> int:
-        """Guessed tokens that were right."""
+        """The number of guessed tokens that were accepted."""
         return self._engine.stats.accepted
 
     @property
     def stalls(self) -> int:
-        """Steps that sequences waited for blocks."""
+        """The number of steps for which sequences waited for blocks."""
         return self._engine.stats.stalled
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent tracing and compiling so far, which throughput leaves out."""
+        """Time spent tracing and compiling so far; throughput excludes it."""
         return self._engine.stats.compile_seconds
 
     def run(
         self, requests: Sequence[Request], interrupted: Callable[[], bool] = lambda: False
     ) -> None:
-        """Runs all requests to their end; results are in the requests.
+        """Runs all requests to completion; results are stored in the requests.
 
         Args:
-          requests: To run.
-          interrupted: Asked before each step. Once it is true, the requests that are left end with
-            the reason "cancelled".
+          requests: The requests.
+          interrupted: Called before each step. Once it returns true, the unfinished requests end
+            with the reason "cancelled".
         """
-        if not self.samples:  # later runs go on in time
+        if not self.samples:  # the clock continues in later runs
             self._begin = time.monotonic()
         groups: dict[object, list[Request]] = {}
         for request in requests:
@@ -150,7 +151,7 @@ class ServedEngine:
                 before = [_tokens(output) for output, _ in outputs]
                 steps = self._engine.stats.steps
                 self._engine.step()
-                if self._num_beams > 1:  # whose tokens are told at the end
+                if self._num_beams > 1:  # beam search returns its tokens at the end
                     self.steps += self._engine.stats.steps - steps
                 else:
                     after = [_tokens(output) for output, _ in outputs]
@@ -183,7 +184,7 @@ class ServedEngine:
         return self._engine.add_request(first.prompt_ids, params)
 
     def _take(self, output: RequestOutput, group: list[Request]) -> None:
-        """Takes what a step has brought."""
+        """Copies the results of a step to the requests."""
         if group[0].finish_reason is None and not group[0].output_ids:
             group[0].cached_tokens = output.metrics.num_cached_tokens
         group[0].preemptions = output.metrics.num_preemptions
@@ -208,7 +209,7 @@ class ServedEngine:
 
 
 def _tokens(output: RequestOutput) -> int:
-    """Tokens that all continuations have so far."""
+    """The number of tokens of all continuations so far."""
     return sum(len(each.token_ids) for each in output.outputs)
 
 

@@ -1,9 +1,9 @@
-"""The model families that share Llama's shape, and what differs between them.
+"""The model families with a Llama-like architecture, and the differences between them.
 
 All have RMS norms, rotary embeddings, grouped-query attention and a gated MLP. They differ in
 biases, in norms of queries and keys, in which layers have a sliding window or no rotation, and in
-the defaults that their `config.json` leaves out. A family outside this table needs another forward
-pass and is refused.
+the defaults of keys missing from `config.json`. Other families need another forward pass and are
+refused.
 """
 
 import dataclasses
@@ -30,13 +30,12 @@ class Family:
 
     Attributes:
       model_type: Its name in `config.json`.
-      architecture: The class that transformers loads it with.
-      models: Well-known models of it.
-      defaults: Values of the keys that a `config.json` may leave out; only those that differ from
-        Llama's.
-      attention_bias: Whether q, k and v have a bias; None if `config.json` says so.
+      architecture: The name of its class in transformers.
+      models: Well-known models of the family.
+      defaults: Defaults of keys that a `config.json` may omit, if they differ from Llama's.
+      attention_bias: Whether q, k and v have a bias; None if `config.json` decides.
       mlp_bias: The same for the MLP.
-      output_bias: Whether the output projection has a bias where q, k and v have one.
+      output_bias: Whether the output projection has a bias if q, k and v have one.
       qk_norm: Whether queries and keys are normalized before the rotation.
     """
 
@@ -101,10 +100,10 @@ _ARCHITECTURES = {family.architecture.lower(): family for family in FAMILIES.val
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
-    """The family that `model_type` names, or `architectures` where there is no `model_type`.
+    """The family named by `model_type`, or by `architectures` if there is no `model_type`.
 
     Raises:
-      ConfigError: Another architecture, or the two contradict each other.
+      ConfigError: An unknown architecture, or the two contradict each other.
     """
     kind, classes = values.get("model_type"), values.get("architectures")
     if classes is not None and not isinstance(classes, list):
@@ -113,7 +112,7 @@ def family_of(values: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if kind is None and named:
         family = named[0]
-    # A class beside the family's usual one has other layers or another head.
+    # A class other than the family's usual one has other layers or another head.
     if family is not None and (not named or family in named):
         return family
     what = f"architectures is {shown(classes)}" if kind is None or family else ""
@@ -127,8 +126,8 @@ def family_of(values: Mapping[str, Any]) -> Family:
 def layer_windows(
     family: Family, values: Mapping[str, Any], layers: int, max_positions: int
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None for one that attends to the whole sequence; empty if
-    no layer has a window.
+    """The sliding window of each layer, None for a layer that attends to the entire sequence; empty
+    if no layer has a window.
     """
     if family.model_type == "llama":
         _refuse_window(values, layers, max_positions)
@@ -149,7 +148,7 @@ def layer_windows(
         if not boolean(values, "use_sliding_window"):
             window = None
         if family.model_type == "smollm3":
-            # The layers with a window are those without a rotation.
+            # The layers without rotation are those with a window.
             rotated = rotated_layers(family, values, layers) or (True,) * layers
             slides = [not rotates for rotates in rotated]
         else:
@@ -194,7 +193,7 @@ def rotated_layers(family: Family, values: Mapping[str, Any], layers: int) -> tu
 def layer_settings(
     family: Family, windows: tuple[int | None, ...], rotated: tuple[bool, ...], layers: int
 ) -> dict[str, Any]:
-    """The keys of a `config.json` that `layer_windows` and `rotated_layers` read."""
+    """The keys of `config.json` that `layer_windows` and `rotated_layers` read."""
     if family.model_type == "llama":
         return {}
     window = next((each for each in windows if each is not None), None)

@@ -1,16 +1,16 @@
-"""Runs requests by programs that decode many steps: admits as blocks allow, prefills, scans, and
-releases finished requests. Without --scan the library's engine does all this (engine.py): it takes
-every step's decisions on the host, where a scanned program maps its own blocks.
+"""Runs requests with programs that decode many steps: admits requests as blocks allow, prefills,
+scans, and releases finished requests. Without --scan, the library's engine does all this
+(engine.py): it decides on the host for every step, whereas a scanned program maps its own blocks.
 
-The schedule is the simplest that neither wastes a block nor ends a request early. Requests are
-served first come, first served; running ones take blocks before new ones are admitted. A request
-that finds no block stalls, keeps its blocks, and continues when another finishes. When all are
+The schedule is the simplest one that neither wastes blocks nor ends requests early. Requests are
+served first come, first served; running ones get blocks before new ones are admitted. A request
+that gets no block stalls, keeps its blocks, and continues when another finishes. When all are
 stalled, the last to arrive is preempted: its slot is released, and it is recomputed from its tokens
-later. Only a request that cannot continue alone ends early, with the reason "capacity". Scheduling
-does not change the text of a request.
+later. Only a request that cannot continue even alone ends early, with the reason "capacity".
+Scheduling does not change the text of a request.
 
 Samples of one prompt are requests of a group. The first computes the prompt; the others are forks
-of one that is running, and share its blocks.
+of a running one and share its blocks.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ class Request:
     Attributes:
       index: Place in the order of arrival; also the sequence's id for random numbers.
       prompt_ids: Token ids of the prompt, at least one.
-      max_new_tokens: Tokens to produce at most.
-      output_ids: Tokens produced so far, an end-of-text token included.
+      max_new_tokens: The most tokens to produce.
+      output_ids: Tokens produced so far, including an end-of-text token.
       finish_reason: None while unfinished; "stop" (end of text), "length" (max_new_tokens, or the
         slot is full) or "capacity" (the pool cannot hold it even alone).
       slot: Slot in the cache while running, else -1.
-      preemptions: Times it was preempted and recomputed.
-      group: Number that requests with the same prompt have in common to share its blocks; None for
-        a request that shares nothing.
-      cached_tokens: Tokens of the prompt that the cache had already (turns.py).
+      preemptions: How often it was preempted and recomputed.
+      group: A number common to requests with the same prompt, which share its blocks; None for a
+        request that shares nothing.
+      cached_tokens: Number of prompt tokens that were already cached (turns.py).
     """
 
     index: int
@@ -64,7 +64,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Memory at one moment: mapped bytes, and those of running requests."""
+    """Memory at one moment: all mapped bytes, and those of running requests."""
 
     seconds: float
     mapped_bytes: int
@@ -73,7 +73,7 @@ class Sample:
 
 
 def memory_sample(pool: jax_kvpage.KVPool, seconds: float, running: int) -> Sample:
-    """The pool's memory now."""
+    """Samples the pool's memory."""
     stats = pool.stats()
     mapped = stats.capacity - stats.free
     return Sample(seconds, mapped, mapped - stats.parked - stats.draining, running)
@@ -84,18 +84,18 @@ class Engine:
 
     Args:
       programs: The compiled model.
-      pool: The memory. The engine expects to be its only user while it runs.
+      pool: The pool. While the engine runs, nothing else may use it.
       stop_ids: Token ids that end a sequence.
       scan_steps: Decode steps in one compiled program.
-      prefill_chunk: Most prompt tokens in one step; longer prompts take several.
+      prefill_chunk: The most prompt tokens in one step; longer prompts take several steps.
       on_token: Called with a request and each token it produces, in order.
-      on_finish: Called with each request when it has its finish_reason.
+      on_finish: Called with each request when its finish_reason is set.
 
     Attributes:
-      samples: Memory over time, one for each scan.
+      samples: Memory over time, one sample for each scan.
       sharing: Memory saved by shared blocks, while requests of a group run.
-      steps: Decode steps run.
-      stalls: Times that a sequence had to wait for blocks.
+      steps: Number of decode steps.
+      stalls: How often a sequence had to wait for blocks.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Engine:
         self._on_finish = on_finish or (lambda request: None)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
-        self._begin = 0.0  # moves with the time that compiling takes
+        self._begin = 0.0  # start of the first run, less the compile time before it
         self.samples: list[Sample] = []
         self.sharing = SharingMeter()
         self.steps = 0
@@ -128,12 +128,12 @@ class Engine:
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent tracing and compiling so far, which throughput leaves out."""
+        """Time spent tracing and compiling so far; throughput excludes it."""
         return self._programs.compile_seconds
 
     def run(self, requests: Sequence[Request]) -> None:
-        """Runs all requests to their end; results are in the requests."""
-        if not self.samples:  # later runs go on in time
+        """Runs all requests to completion; results are stored in the requests."""
+        if not self.samples:  # the clock continues in later runs
             self._begin = time.monotonic() - self._programs.compile_seconds
         self._waiting = list(requests)
         self._sample_memory()
@@ -143,8 +143,8 @@ class Engine:
                 self._admit()
             may_admit = True
             if self._running and not self._decode():
-                # Freed blocks must go to those who wait with a slot, or they would be taken right
-                # back.
+                # Freed blocks must go to stalled requests, or the preempted one would take them
+                # back immediately.
                 self._make_room()
                 may_admit = False
             self._sample_memory()
@@ -156,7 +156,7 @@ class Engine:
             request = self._waiting[0]
             donor = self._with_prompt_of(request, self._running)
             if donor is None and self._with_prompt_of(request, [r for r, _ in admitted]):
-                # The prompt that this request shares is computed first.
+                # Compute the prompt that this request shares first.
                 self._prefill(admitted)
                 admitted = []
                 continue
@@ -184,11 +184,11 @@ class Engine:
     def _place(self, request: Request, donor: Request | None, wait: bool) -> int | None:
         """Gives a request a slot with room for its tokens and one more.
 
-        With `wait`, when nothing else is running, released memory that drains is waited for.
+        `wait`, for when nothing else is running, waits for released memory to drain.
 
         Returns:
-          How many tokens the slot has already: with a donor all of the prompt but the last, whose
-          logits the request needs. None if there is no room beside the donor.
+          How many tokens the slot already has: with a donor, all prompt tokens except the last,
+          whose logits the request needs. None if a fork of the donor does not fit.
 
         Raises:
           OutOfBlocks: There is no room.
@@ -199,7 +199,7 @@ class Engine:
             )
             return 0
         shared = len(request.prompt_ids) - 1
-        # Not by trying: what a failed try had taken would drain while running requests need it.
+        # Check first: the blocks of a failed attempt would drain while running requests need them.
         size, stats = self._spec.block_tokens or 1, self._pool.stats()
         own = self._spec.num_ranges * (-(-self._reserve(request) // size) - shared // size)
         if own > stats.blocks_free + stats.blocks_parked:
@@ -217,10 +217,10 @@ class Engine:
         return min(len(request.tokens) + 1, self._spec.max_seq_len)
 
     def _prefill(self, admitted: list[tuple[Request, int]]) -> None:
-        """Runs prompts through the model, as many whole or partial ones a step as fit the chunk.
+        """Runs prompts, or parts of them, through the model, as many in a step as fit in a chunk.
 
         Args:
-          admitted: Requests, each with the number of its tokens that its slot has already.
+          admitted: Requests, each with the number of tokens that its slot already has.
         """
         self._running += [request for request, _ in admitted]
         todo = list(admitted)
@@ -244,7 +244,7 @@ class Engine:
         self._release_finished()
 
     def _run_parts(self, parts: list[tuple[Request, int, int]]) -> np.ndarray:
-        """One step over some tokens of some sequences; returns the next token of each part."""
+        """Runs one step over parts of sequences; returns the next token of each part."""
         chosen, self._cache = self._programs.prefill(
             self._cache,
             [(r.slot, r.tokens[start : start + n], r.index) for r, start, n in parts],
@@ -253,7 +253,7 @@ class Engine:
         return jax.device_get(chosen)
 
     def _lanes(self, requests: list[Request]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Newest tokens, slots and sequence ids; a sequence's lane is its slot."""
+        """Latest tokens, slots and sequence ids; the lane of a sequence is its slot."""
         tokens, ids = np.zeros((2, self._spec.max_slots), np.int32)
         slots = np.full(self._spec.max_slots, -1, np.int32)
         for request in requests:
@@ -263,7 +263,7 @@ class Engine:
         return jax.device_put((tokens, slots, ids))
 
     def _decode(self) -> bool:
-        """One scan; returns whether any sequence got further."""
+        """Runs one scan; returns whether any sequence advanced."""
         tokens, slots, ids = self._lanes(self._running)
         remaining = np.zeros(self._spec.max_slots, np.int32)
         for request in self._running:
@@ -304,7 +304,7 @@ class Engine:
                 self._on_finish(request)
 
     def _make_room(self) -> None:
-        """All are stalled: preempts the last to arrive, or ends the only one."""
+        """Called when all are stalled: preempts the last to arrive, or ends the only one."""
         draining = self._pool.stats().draining
         if draining:
             # Released blocks become usable once the programs that may use them have run.

@@ -1,8 +1,8 @@
-"""Projections of the example's model: several of one input as one product, weights as in the file.
+"""Projections of the example's model: projections of the same input are fused into one product.
 
-Weights are `[outputs, inputs]`, as checkpoints store them: loading is a plain read, and one
-embedding serves as a tied head without a second copy. Fused projections are the rows of their parts
-one after another.
+Weights are `[outputs, inputs]`, as in checkpoints, so that loading is a plain read and the
+embedding can be used as a tied head without a copy. A fused weight is the concatenation of the rows
+of its parts.
 """
 
 import itertools
@@ -15,25 +15,25 @@ from flax import nnx
 
 __all__ = ["Linear", "product"]
 
-# On CPU, up to this number of tokens the weight is the left operand of a product.
+# On CPU, the weight is the left operand of products with up to this many tokens.
 _FEW_TOKENS = 64
 
 
 class Linear(nnx.Module):
-    """Linear maps of one input, computed as one product.
+    """Linear maps of the same input, computed as one product.
 
     Args:
       inputs: Size of the input.
       parts: Size of each map's output.
-      bias: Whether the maps have one, zero at first.
+      bias: Whether the maps have a bias, initially zero.
       dtype: Type of the weights and the product.
-      rngs: Source of the random weights: normal deviates, drawn for one part after another as
-        `[inputs, outputs]` like Flax's own layer does, so that a seed gives both the same weights.
+      rngs: Source of the random weights: normally distributed, drawn for each part as
+        `[inputs, outputs]` like in Flax's own layer, so that a seed gives both the same weights.
       std: Standard deviation of the weights.
 
     Attributes:
-      parts: See above; with weights spread over a mesh (mesh.py) those of one device.
-      summed_over: Then the axis whose devices have columns of the weight each; None: no axis.
+      parts: See above; if the weights are split over a mesh (mesh.py), the sizes on one device.
+      summed_over: The mesh axis whose devices each have some columns of the weight, or None.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ def product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
         out = jnp.einsum("vd,td->vt", weight, rows, preferred_element_type=dtype)
-        # Without the barrier XLA turns the product around again.
+        # Without the barrier, XLA swaps the operands back.
         return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
 
     if math.prod(x.shape[:-1]) > _FEW_TOKENS:

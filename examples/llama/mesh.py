@@ -1,8 +1,8 @@
 """The model over several devices (`--mesh`): each computes its heads and its part of the MLP.
 
-The step is the model under `jax.shard_map`. Each device has a part of the weights: rows
-of the projections that begin a block, columns of those that end it, whose products are summed over
-the devices. The embedding and the norms are on all devices. A second mesh axis (`--mesh dp=N`) has
+The step is the model under `jax.shard_map`. Each device has a part of the weights: rows of the
+first projections of attention and MLP, columns of the last ones, whose products are summed over the
+devices. The embedding and the norms are on all devices. A second mesh axis (`--mesh dp=N`) has
 replicas of the model, each with its own sequences (`KVPool(data_axis=...)`).
 """
 
@@ -28,15 +28,15 @@ __all__ = ["AXIS", "DATA_AXIS", "make_mesh", "pool_bytes", "sharded_step"]
 
 AXIS, DATA_AXIS = "tp", "dp"
 
-# Of each fused projection the number of heads, and the rows of a head.
+# For each fused projection, the number of heads and the rows of a head.
 _Parts = list[tuple[int, int]]
 
 
 def make_mesh(size: int, config: LlamaConfig, replicas: int = 1) -> Mesh:
-    """The first `size` devices, or as many for each of several replicas.
+    """A mesh of the first `size` devices, or of `size` devices for each of several replicas.
 
     Raises:
-      InputError: There are fewer, or the model cannot be divided among them.
+      InputError: There are fewer devices, or the model cannot be divided among them.
     """
     devices, count = jax.devices(), replicas * size
     if len(devices) < count:
@@ -67,11 +67,11 @@ def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, sizes: MeshSizes) -> int
 
 
 def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[Step, Any]:
-    """The model as the engine wants it: a function, and its weights, spread over the mesh.
+    """The model in the form for the engine: a step function, and weights split over the mesh.
 
     Args:
-      model: Its weights are taken apart.
-      mesh: Of `make_mesh`. With replicas, tokens, batch and logits have a part for each.
+      model: The model; it is modified, and must not be used afterwards.
+      mesh: From `make_mesh`. With replicas, tokens, batch and logits have a part for each.
       implementation: As for `jax_kvpage.update_and_attend`.
     """
     size = mesh.shape[AXIS]
@@ -101,16 +101,16 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
 
 
 def _placed(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The parameter over the mesh, whose devices may belong to several processes."""
+    """Puts a parameter on the mesh, whose devices may belong to several processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _spread(config: LlamaConfig, names: set[str], value: Any, size: int) -> tuple[Any, P]:
-    """A parameter in the order of the devices, and how it is split.
+    """Reorders a parameter by device; returns it and how it is split.
 
     Args:
-      config: Of the model.
-      names: On the way to the parameter.
+      config: The model's configuration.
+      names: The names on the path to the parameter.
       value: The parameter.
       size: Number of devices.
     """
@@ -133,12 +133,12 @@ def _gate_up(config: LlamaConfig) -> _Parts:
 
 
 def _by_device(rows: Any, parts: _Parts, size: int) -> np.ndarray:
-    """Rows of fused projections so that each device's rows of all parts are together.
+    """Reorders the rows of fused projections so that the rows of each device are contiguous.
 
     Args:
       rows: `[outputs, ...]`.
-      parts: Of the projections.
-      size: Number of devices. Where there are fewer heads, devices share one.
+      parts: Heads, and rows of a head, of each projection.
+      size: Number of devices. If there are fewer heads, several devices have the same head.
     """
     array, begin, shares = np.asarray(rows), 0, []
     for heads, dim in parts:

@@ -1,4 +1,4 @@
-"""The programs of `--scan` over several devices (`--mesh tp=N`), which map the blocks they need."""
+"""The programs of `--scan` over several devices (`--mesh tp=N`); they map their own blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = ["ShardedPrograms"]
 
 
 class ShardedPrograms(Programs):
-    """Compiled programs of a model that is spread over a mesh.
+    """Compiled programs of a model that is split over a mesh.
 
     Args:
-      model: Its weights are taken apart.
-      mesh: Of `make_mesh`.
-      sampling: How tokens are chosen, on every device alike.
+      model: The model; it is modified, and must not be used afterwards.
+      mesh: From `make_mesh`.
+      sampling: How tokens are chosen, the same on all devices.
       stop_ids: Token ids that end a sequence.
       implementation: As for `jax_kvpage.update_and_attend`.
     """
@@ -52,5 +52,5 @@ class ShardedPrograms(Programs):
         batch: jax_kvpage.Batch,
         rows: jax.Array,
     ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        del rows  # those of the batch
+        del rows  # `sharded_step` uses batch.last_rows
         return self._on_mesh(weights, cache, tokens, batch)

@@ -1,13 +1,12 @@
-"""Llama, and the families of its shape (families.py), in Flax nnx, with attention left to a
-function.
+"""Llama and similar families (families.py) in Flax nnx, with attention as a parameter.
 
 The layers do not depend on how keys and values are stored: each calls
-`attend(q, k, v, state, layer)` and passes on the state it returns. Serving passes the paged cache
-as the state (`Llama.__call__`), so that prefill, chunked prefill and decode are the same code on a
-ragged batch; training passes nothing (`Llama.dense`).
+`attend(q, k, v, state, layer)` and passes on the state that it returns. Serving passes the paged
+cache as the state (`Llama.__call__`), so that prefill, chunked prefill and decode are the same code
+on a ragged batch; training passes no state (`Llama.dense`).
 
-The arithmetic follows transformers: rotary embeddings that pair dimension i with
-i + D/2, norms and logits in float32.
+The arithmetic follows transformers: rotary embeddings that pair dimension i with i + D/2, norms and
+logits in float32.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        # Equal ranks, for `jax.numpy_rank_promotion("raise")`; the same holds for the angles below.
+        # Equal ranks, for `jax.numpy_rank_promotion("raise")`; also for the angles below.
         return wide.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
 
 
@@ -80,7 +79,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward part: down(silu(gate(x)) * up(x))."""
+    """The gated feed-forward network: down(silu(gate(x)) * up(x))."""
 
     def __init__(
         self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
@@ -96,13 +95,13 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One transformer layer; attribute names are those of the checkpoint, except for projections
-    of one input, which are one product (`qkv_proj`, `gate_up_proj`).
+    """One transformer layer. Attributes have the checkpoint's names, except for fused projections
+    (`qkv_proj`, `gate_up_proj`).
     """
 
     def __init__(self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        # GPT-2's initialization: the deeper the model, the smaller the layers that write to the
-        # residual stream start.
+        # GPT-2's initialization: weights of projections that write to the residual stream are
+        # smaller in deeper models.
         std_out = 0.02 / (2 * config.num_hidden_layers) ** 0.5
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, layer, dtype, rngs, std_out)
@@ -121,9 +120,9 @@ class Llama(nnx.Module):
     """A Llama language model.
 
     Args:
-      config: The model's shape.
+      config: The model's configuration.
       dtype: Type of the weights and of the arithmetic between norms.
-      rngs: Source of the random weights; with `nnx.eval_shape` none are made.
+      rngs: Source of the random weights; under `nnx.eval_shape` none are created.
     """
 
     def __init__(
@@ -150,20 +149,20 @@ class Llama(nnx.Module):
         rows: jax.Array | None = None,
         implementation: str | None = None,
     ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        """Runs a ragged batch of new tokens against the paged cache.
+        """Runs a ragged batch of new tokens with the paged cache.
 
         The caller advances the cache, so that a step can be repeated or measured.
 
         Args:
-          tokens: int32 `[T]`, the new tokens of all sequences, as `batch` divides them.
+          tokens: int32 `[T]`, the new tokens of all sequences, as described by `batch`.
           cache: The cache before these tokens, with room mapped for them.
           batch: Which slot owns which tokens.
-          rows: int32 `[n]`, the tokens whose logits are wanted (None: all T). Of a prompt usually
-            only the last token's are needed.
+          rows: int32 `[n]`, the tokens whose logits to compute (None: all T). For a prompt, usually
+            only the last token's logits are needed.
           implementation: As for `jax_kvpage.update_and_attend`.
 
         Returns:
-          Logits, float32 `[n, vocab]`, and the cache holding the tokens' keys and values.
+          Logits, float32 `[n, vocab]`, and the cache with the tokens' keys and values.
         """
 
         def attend(
@@ -187,7 +186,7 @@ class Llama(nnx.Module):
         return self.logits(x if rows is None else x[rows]), cache
 
     def dense(self, tokens: jax.Array) -> jax.Array:
-        """Logits, float32 `[..., T, vocab]`, of whole sequences `[..., T]` without a cache: for
+        """Logits, float32 `[..., T, vocab]`, of complete sequences `[..., T]` without a cache, for
         training.
         """
 
@@ -228,7 +227,7 @@ class Llama(nnx.Module):
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotary embedding of x `[..., T, H, D]` by cosines and sines; i pairs with i + D / 2."""
+    """Applies rotary embedding to x `[..., T, H, D]`; dimension i is paired with i + D / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -236,12 +235,12 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def _lengths_after(positions: jax.Array, batch: jax_kvpage.Batch) -> jax.Array:
-    """The length that each token's sequence has after this batch, int32 `[T]`."""
-    # Not batch.last_rows, which has more than one row a sequence where guesses are verified.
+    """The length of each token's sequence after this batch, int32 `[T]`."""
+    # Not batch.last_rows, which has several rows per sequence when guesses are verified.
     after = positions[jnp.maximum(batch.query_offsets[1:] - 1, 0)] + 1
     rows = jnp.arange(positions.shape[0], dtype=jnp.int32)
     owner = jnp.searchsorted(batch.query_offsets[1:], rows, side="right")
-    return after[jnp.minimum(owner, after.shape[0] - 1)]  # padding belongs to none
+    return after[jnp.minimum(owner, after.shape[0] - 1)]  # padding has no owner
 
 
 def dense_causal_attention(
@@ -253,13 +252,13 @@ def dense_causal_attention(
     *,
     window: int | None = None,
 ) -> tuple[jax.Array, None]:
-    """Causal attention of whole sequences, plain jnp and differentiable: an `Attend` that keeps
-    nothing. With `window` a token sees itself and the `window` - 1 tokens before it.
+    """Causal attention over complete sequences in plain, differentiable jnp: an `Attend` without
+    state. With `window`, a token attends to itself and the `window` - 1 tokens before it.
     """
     del layer
     *lead, tokens, heads, dim = q.shape
     kv_heads = k.shape[-2]
-    # Heads in front and the query heads of a group as rows: two plain matrix products for each KV
+    # Heads first, with the query heads of a group as rows, gives two matrix products for each KV
     # head.
     q = jnp.moveaxis(q * dim**-0.5, -2, -3).reshape(*lead, kv_heads, -1, dim)
     k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)

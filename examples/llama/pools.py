@@ -1,4 +1,4 @@
-"""Pools for a model, and the directory below them."""
+"""Pools for a model, and the store below them."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ __all__ = ["make_pool", "make_spec", "open_pool", "open_store", "sequence_length
 
 
 def sequence_length(config: LlamaConfig, wanted: int | None) -> int:
-    """Most tokens of a sequence: as wanted, or the model's max_position_embeddings.
+    """The most tokens of a sequence: `wanted`, or the model's max_position_embeddings.
 
     Raises:
-      InputError: That is longer than the model was made for.
+      InputError: It is longer than the model supports.
     """
     length = wanted or config.max_position_embeddings
     if length > config.longest_sequence:
@@ -38,7 +38,7 @@ def make_spec(
     dtype: str = "float32",
     layout: str | None = None,
 ) -> jax_kvpage.CacheSpec:
-    """The cache of a model, resolved for this platform.
+    """The cache spec of a model, resolved for this platform.
 
     Raises:
       InputError: See `sequence_length`.
@@ -62,8 +62,8 @@ def open_pool(
     mesh: jax.sharding.Mesh | None = None,
     store: jax_kvpage.BlockStore | None = None,
 ) -> jax_kvpage.KVPool:
-    """A pool with physical memory of a size such as "64MiB" or a number of bytes, over `mesh` or
-    above `store`.
+    """Opens a pool with a capacity such as "64MiB" or a number of bytes, over `mesh` or with
+    `store`.
 
     Raises:
       InputError: The number is too large.
@@ -86,20 +86,20 @@ def make_pool(
     share: float = 0.5,
     store: jax_kvpage.BlockStore | None = None,
 ) -> jax_kvpage.KVPool:
-    """A pool for a model, in float32.
+    """Makes a pool for a model, in float32.
 
     Args:
-      config: The model.
-      slots: Sequences at one time.
-      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
-      block_tokens: Tokens in a block; None for a choice.
-      capacity: Physical memory; None for `share` of what all slots could take, and one sequence of
-        full length at least.
+      config: The model's configuration.
+      slots: Number of sequences at a time.
+      max_seq_len: The most tokens of a sequence; None for the model's max_position_embeddings.
+      block_tokens: Tokens in a block; None for the default.
+      capacity: Physical memory; None for `share` of what all slots could take, but at least one
+        sequence of full length.
       share: See above.
-      store: What lies below memory.
+      store: The store below memory, or None.
 
     Raises:
-      InputError: The sequences are longer than the model was made for.
+      InputError: The sequences are longer than the model supports.
     """
     spec = make_spec(config, slots, max_seq_len, block_tokens)
     size = max(int(slots * spec.max_seq_len * spec.token_bytes * share), spec.slot_bytes)
@@ -107,16 +107,16 @@ def make_pool(
 
 
 def open_store(path: pathlib.Path, limit: str, checkpoint: pathlib.Path) -> jax_kvpage.BlockStore:
-    """The directory `path` as a store for keys and values of one model.
+    """Opens the directory `path` as a store for keys and values of one model.
 
     Args:
-      path: Is made if it does not exist.
-      limit: The most that it may take, such as "8GiB".
-      checkpoint: The model's directory. What was stored for other weights is not found: its
-        config.json, and names, sizes and times of its weights tell them apart.
+      path: The directory; it is created if it does not exist.
+      limit: The most that it may use, such as "8GiB".
+      checkpoint: The model's directory. Its config.json and the names, sizes and times of its
+        weight files are the fingerprint, so that data of other weights is not found.
 
     Raises:
-      InputError: It cannot be opened.
+      InputError: The store cannot be opened.
     """
     files = sorted(checkpoint.glob("*.safetensors"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

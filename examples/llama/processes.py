@@ -10,16 +10,16 @@ from .prompts import InputError
 
 __all__ = ["join"]
 
-# Seconds after which a process that is gone is noticed, and the others end.
+# Seconds until the death of a process is noticed and the others exit.
 _HEARTBEAT = 10
 _MEETING = 60
 
 
 def join(args: argparse.Namespace) -> None:
-    """Joins the other processes of the command line. All but the first print nothing.
+    """Joins the other processes of the command line. Only the first prints.
 
     Raises:
-      InputError: They do not come, or the coordinator does not answer.
+      InputError: The others do not join, or the coordinator does not answer.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -37,7 +37,8 @@ def join(args: argparse.Namespace) -> None:
 
 
 def _print_in_first(first: bool) -> None:
-    """Leaves standard output to the first process's text: libraries of JAX write there too."""
+    """Reserves standard output for the text of the first process: JAX's libraries write there
+    too."""
     own = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
     sys.stdout.flush()
     os.dup2(2, 1)

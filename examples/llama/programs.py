@@ -1,10 +1,9 @@
 """The compiled programs of the engine: a step over a ragged batch, a decode step that maps blocks,
-and many of those in one scan.
+and a scan over many decode steps.
 
 All take the weights as a flat list of arrays, which dispatches faster than a Flax state, and the
 cache as a donated pytree of a few hundred bytes. Shapes are static, so a program is compiled once
-per number of tokens, not per length: sequences that are idle or have stopped stay in the batch as
-padding.
+per number of tokens, not per length: idle or finished sequences stay in the batch as padding.
 """
 
 import dataclasses
@@ -34,10 +33,10 @@ class ScanResult:
 
     Attributes:
       tokens: int32 `[N, S]`.
-      produced: bool `[N, S]`, whether the lane ran in that step: neither finished nor out of
-        blocks.
-      active: bool `[S]`, lanes that have not finished. One that is active and did not produce in
-        the last step waits for blocks.
+      produced: bool `[N, S]`, whether the lane ran in that step, that is, it was not finished and
+        had blocks.
+      active: bool `[S]`, lanes that have not finished. An active lane that did not produce in the
+        last step is waiting for blocks.
     """
 
     tokens: jax.Array
@@ -55,7 +54,7 @@ class Programs:
       implementation: As for `jax_kvpage.update_and_attend`.
 
     Attributes:
-      compile_seconds: Time spent tracing and compiling so far, which throughput leaves out.
+      compile_seconds: Time spent tracing and compiling so far; throughput excludes it.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class Programs:
         Args:
           cache: Donated.
           tokens: int32 `[T]`.
-          batch: Of S sequences; prefill, chunked prefill and decode differ only in this.
+          batch: A batch of S sequences; prefill, chunked prefill and decode differ only in this.
           rows: int32 `[S]`, each sequence's last token in this batch.
           sequence_ids: int32 `[S]`.
 
         Returns:
-          int32 `[S]`, meaningless for padding, and the advanced cache.
+          The tokens, int32 `[S]`, undefined for padding, and the advanced cache.
         """
         return self._call(self._step, (), cache, tokens, batch, rows, sequence_ids)
 
@@ -101,14 +100,14 @@ class Programs:
         parts: Sequence[tuple[int, Sequence[int], int]],
         lanes: int,
     ) -> tuple[Any, jax_kvpage.KVCache]:
-        """As `step`, for new tokens of some sequences.
+        """Like `step`, for new tokens of some sequences.
 
         The number of tokens is padded to a power of two, so that few programs are compiled.
 
         Args:
           cache: Donated.
-          parts: For each sequence its slot, new tokens and id.
-          lanes: S; those behind the parts are padding.
+          parts: For each sequence, its slot, new tokens and id.
+          lanes: S; lanes after the parts are padding.
         """
         total = sum(len(tokens) for _, tokens, _ in parts)
         width = max(SMALLEST_PREFILL, 1 << (total - 1).bit_length())
@@ -138,13 +137,13 @@ class Programs:
 
         Args:
           cache: Donated.
-          tokens: int32 `[S]`, each sequence's newest token.
+          tokens: int32 `[S]`, each sequence's latest token.
           slots: int32 `[S]`, -1 for idle lanes.
           sequence_ids: int32 `[S]`.
 
         Returns:
           Chosen tokens int32 `[S]`; bool `[S]`, whether the lane ran: false for idle lanes and for
-          those that found no block; the advanced cache.
+          those that got no block; the advanced cache.
         """
         return self._call(self._decode, (), cache, tokens, slots, sequence_ids)
 
@@ -162,7 +161,7 @@ class Programs:
         Args:
           num_steps: Static.
           cache: Donated.
-          tokens: int32 `[S]`, each sequence's newest token.
+          tokens: int32 `[S]`, each sequence's latest token.
           slots: int32 `[S]`, -1 for idle lanes.
           remaining: int32 `[S]`, tokens that each sequence may still produce.
           sequence_ids: int32 `[S]`.
@@ -170,7 +169,7 @@ class Programs:
         return self._call(self._scan, (num_steps,), cache, tokens, slots, remaining, sequence_ids)
 
     def _call(self, function: Callable[..., Any], static: tuple[int, ...], *args: Any) -> Any:
-        if jax.config.jax_disable_jit:  # then nothing can be compiled ahead of time
+        if jax.config.jax_disable_jit:  # ahead-of-time compilation is not possible
             return function(*static, self._weights, *args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
         key = (function.__name__, static, args[0].spec, shapes)
@@ -197,7 +196,7 @@ class Programs:
     ) -> tuple[Any, jax_kvpage.KVCache]:
         logits, cache = self._logits(weights, cache, tokens, batch, rows)
         cache = jax_kvpage.advance(cache, batch)
-        # The chosen token comes right after all written ones.
+        # The chosen token comes right after the written ones.
         next_positions = jax_kvpage.positions(cache, jax_kvpage.Batch.decode(batch.slots))
         return self._choose(logits, sequence_ids, next_positions), cache
 
@@ -209,12 +208,12 @@ class Programs:
         batch: jax_kvpage.Batch,
         rows: jax.Array,
     ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        """The model's logits for these rows; traced. Subclasses run it elsewhere."""
+        """The model's logits for these rows; traced. Subclasses may run the model elsewhere."""
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
         return model(tokens, cache, batch, rows=rows, implementation=self._implementation)
 
     def _choose(self, logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array) -> Any:
-        """The next tokens, from the logits; traced. Subclasses return something else."""
+        """Chooses the next tokens from the logits; traced. Subclasses may return something else."""
         return sample(logits, sequence_ids, positions, self._sampling)
 
     def _decode(

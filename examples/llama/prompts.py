@@ -1,6 +1,6 @@
-"""The prompts and turns that the command line names, and the error for mistakes in them.
+"""The prompts and turns of the command line, and the error for mistakes in them.
 
-This module does not import JAX either.
+Like arguments.py, this module does not import JAX.
 """
 
 import argparse
@@ -16,15 +16,16 @@ DEFAULT_PROMPTS = (
 
 
 class InputError(ValueError):
-    """A mistake in the arguments that shows only when they are used."""
+    """A mistake in the arguments that is found only when they are used."""
 
 
 def valid_text(name: str, text: str) -> str:
-    """A text from the command line or standard input. Python keeps bytes that the locale's encoding
-    lacks as lone surrogates; usually they are UTF-8 in a C locale.
+    """Converts text from the command line or standard input to valid Unicode. Python decodes bytes
+    that are invalid in the locale's encoding to lone surrogates; usually they are UTF-8 in a C
+    locale.
 
     Raises:
-      InputError: They are not; the message begins with `name`.
+      InputError: They are not UTF-8; the message begins with `name`.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
@@ -33,7 +34,7 @@ def valid_text(name: str, text: str) -> str:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, then those of the file; the built-in ones if there are none.
+    """Reads the prompts of the command line, then those of the file; the built-in ones if none.
 
     Raises:
       InputError: A prompt that is not valid text, or a file that cannot be read or is blank.
@@ -56,9 +57,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_turns(args: argparse.Namespace) -> list[str]:
-    """What the conversations go on with, turn by turn.
+    """Reads the later turns of the conversations.
 
     Raises:
-      InputError: One that is not valid text.
+      InputError: A turn that is not valid text.
     """
     return [valid_text("--turn", turn) for turn in args.turn]

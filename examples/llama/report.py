@@ -1,4 +1,4 @@
-"""Figures of a run for the table and for `--json`, the table, and the plot of memory over time."""
+"""Statistics of a run for the table and for `--json`, and the plot of memory over time."""
 
 import math
 import pathlib
@@ -23,14 +23,14 @@ def figures(
     stats: jax_kvpage.PoolStats,
     seconds: float,
 ) -> dict[str, Any]:
-    """The figures of a run, as plain numbers and strings.
+    """The statistics of a run, as plain numbers and strings.
 
     Args:
-      engine: After its run.
-      requests: What it ran.
-      spec: The pool's, resolved.
-      stats: The pool's, after the run.
-      seconds: Duration of the run, compiling included.
+      engine: The engine after the run.
+      requests: The requests that it ran.
+      spec: The pool's resolved spec.
+      stats: The pool's statistics after the run.
+      seconds: Duration of the run, including compilation.
     """
     generated = sum(len(request.output_ids) for request in requests)
     running = max(seconds - engine.compile_seconds, 1e-9)
@@ -63,8 +63,8 @@ def figures(
 
 
 def turn_figures(turns: Sequence[Sequence[Request]]) -> list[dict[str, int]]:
-    """Of each turn: tokens that its requests consist of, those of them that were cached, and
-    generated ones."""
+    """For each turn: prompt tokens of its requests, how many of these were cached, and generated
+    tokens."""
     return [
         {
             "prompt_tokens": sum(len(request.prompt_ids) for request in turn),
@@ -76,7 +76,7 @@ def turn_figures(turns: Sequence[Sequence[Request]]) -> list[dict[str, int]]:
 
 
 def print_table(values: dict[str, Any]) -> None:
-    """Prints the figures as a table on standard output."""
+    """Prints the statistics as a table on standard output."""
     table = Table(title="What it took", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -114,11 +114,11 @@ def print_table(values: dict[str, Any]) -> None:
 def plot_memory(
     engine: Engine | ServedEngine, values: dict[str, Any], file: str | pathlib.Path
 ) -> None:
-    """Draws mapped memory over time against what a static cache would have reserved.
+    """Plots mapped memory over time against the size of a static cache.
 
     Raises:
       OSError: The file cannot be written.
-      ValueError: matplotlib does not know the file's ending.
+      ValueError: matplotlib does not know the file name's suffix.
     """
     import matplotlib
 
@@ -146,7 +146,7 @@ def plot_memory(
 
 
 def _unit(count: float) -> tuple[str, int]:
-    """The largest binary unit that leaves at least one, and its size in bytes."""
+    """The largest binary unit not above `count`, and its size in bytes."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
     return units[power], 1024**power

@@ -1,12 +1,12 @@
 """Rotary position embedding: its settings, read from a `config.json`, and its frequencies.
 
-A setting of RoPE that is silently ignored gives a model that reads well for a few tokens and then
-drifts. Every key is therefore honoured or refused.
+A model with an ignored RoPE setting generates good text for a few tokens and then drifts. Every key
+is therefore either honoured or refused.
 
-Dynamic NTK scaling makes the frequencies depend on the length that a sequence has after the step,
-once that exceeds the trained length. Keys are cached after their rotation, and keep the frequencies
-of the step that computed them, as in transformers. Hence the text of such a sequence may depend on
-how its prompt is divided into steps: it equals that of transformers with the same division.
+With dynamic NTK scaling, the frequencies depend on the length of the sequence after the step, once
+that exceeds the trained length. Keys are cached after rotation and keep the frequencies of the step
+that computed them, as in transformers. The text of such a sequence may therefore depend on how its
+prompt is split into steps; with the same split it equals that of transformers.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from .values import ConfigError, boolean, integer, number, same, shown
 __all__ = ["RopeConfig", "parse_rope"]
 
 _LENGTH = "original_max_position_embeddings"
-# The keys that each kind honours.
+# The keys that are honoured for each kind.
 _HONOURED = {
     "default": (),
     "linear": ("factor",),
@@ -41,7 +41,7 @@ _HONOURED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
 }
 _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
-# Keys that change nothing at this value, for every kind.
+# Keys, and the values at which they have no effect for any kind.
 _NEUTRAL = {"partial_rotary_factor": 1.0, "attention_factor": 1.0, "rope_interleaved": False}
 _NAMES = ("rope_theta", "rope_type", "type")
 # Keys of a config.json with "rope" in their name that are read elsewhere.
@@ -58,7 +58,7 @@ _TOP_LEVEL = (
 class RopeConfig:
     """Rotary position embedding.
 
-    `kind` is "default", "linear", "dynamic", "yarn" or "llama3"; the fields after it belong to the
+    `kind` is "default", "linear", "dynamic", "yarn" or "llama3"; the fields after it are for the
     scaled kinds. Queries and keys are multiplied by `attention_factor`, which only yarn sets.
     """
 
@@ -74,11 +74,12 @@ class RopeConfig:
     truncate: bool = True
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angles per position, float32 `[head_dim / 2]`; with dynamic scaling those up to the
-        trained length.
+        """Angles per position, float32 `[head_dim / 2]`; with dynamic scaling, those for sequences
+        up to the trained length.
 
         "llama3" is the rule of Meta's Llama 3.1: long wavelengths are stretched by `factor`, short
-        ones are kept, and those between are blended. "yarn" blends by the index of the dimension.
+        ones are unchanged, and those in between are interpolated. "yarn" interpolates by the index
+        of the dimension.
         """
         frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.kind == "linear":
@@ -105,8 +106,8 @@ class RopeConfig:
 
         Args:
           positions: int32 `[T]`.
-          lengths: int32 `[T]`, the length of each token's sequence after this step; only dynamic
-            scaling reads it.
+          lengths: int32 `[T]`, the length of each token's sequence after this step; used only by
+            dynamic scaling.
           head_dim: Size of a head.
         """
         frequencies = jnp.asarray(self.inverse_frequencies(head_dim))[None, None]
@@ -114,14 +115,14 @@ class RopeConfig:
             assert lengths is not None
             trained = self.original_max_position_embeddings
             longer = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
-            # theta * stretch ** (d / (d - 2)), as a factor of each frequency: 1 up to `trained`.
+            # theta * stretch ** (d / (d - 2)), as a factor for each frequency: 1 up to `trained`.
             stretch = (self.factor * longer - (self.factor - 1.0))[:, None, None]
             powers = np.arange(0, head_dim, 2, dtype=np.float32) / max(head_dim - 2, 1)
             frequencies = frequencies * stretch ** -powers[None, None]
         return positions.astype(jnp.float32)[:, None, None] * frequencies
 
     def longest_sequence(self, max_positions: int) -> int:
-        """Tokens that a sequence may have, for a model of `max_position_embeddings`."""
+        """The most tokens of a sequence, given the model's `max_position_embeddings`."""
         if self.kind in ("linear", "dynamic"):
             return max(max_positions, int(max_positions * self.factor))
         if self.kind == "yarn":
@@ -129,15 +130,15 @@ class RopeConfig:
         return max_positions
 
     def to_json(self) -> dict[str, Any]:
-        """The object `rope_scaling` of a `config.json`; empty for the default kind."""
+        """The `rope_scaling` object of a `config.json`; empty for the default kind."""
         if self.kind == "default":
             return {}
-        # mscale and mscale_all_dim only give attention_factor.
+        # mscale and mscale_all_dim are included in attention_factor.
         honoured = [name for name in _HONOURED[self.kind] if hasattr(self, name)]
         return {"rope_type": self.kind} | {name: getattr(self, name) for name in honoured}
 
     def _dimension(self, turns: float, head_dim: int) -> float:
-        """The dimension whose angle turns so often over the trained length (yarn)."""
+        """The dimension whose angle makes `turns` turns over the trained length (yarn)."""
         length = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(self.theta))
 
@@ -145,11 +146,11 @@ class RopeConfig:
 def parse_rope(
     values: Mapping[str, Any], max_positions: int, default_theta: float = 10000.0
 ) -> RopeConfig:
-    """The settings in a `config.json`: `rope_parameters` (transformers 5), or `rope_theta` with
-    `rope_scaling` (earlier versions).
+    """Parses the settings of a `config.json`: `rope_parameters` (transformers 5), or `rope_theta`
+    with `rope_scaling` (earlier versions).
 
     Raises:
-      ConfigError: An unsupported kind, a missing or malformed setting, or one that is not honoured.
+      ConfigError: An unsupported kind, or a missing, malformed or unsupported setting.
     """
     settings = _settings(values)
     kind = _kind(settings)
@@ -161,7 +162,7 @@ def parse_rope(
         if name in _NAMES or name in _HONOURED[kind]:
             continue
         if name == _LENGTH:
-            integer(settings, name)  # a record of the training length; few kinds compute with it
+            integer(settings, name)  # the trained length, for information; few kinds use it
         elif name == "factor" and kind == "default" and same(value, 1.0):
             continue
         elif name not in _NEUTRAL or not same(value, _NEUTRAL[name]):
@@ -171,7 +172,7 @@ def parse_rope(
     scaled = RopeConfig(theta, kind, factor=number(settings, "factor"))
     if kind == "linear":
         return scaled
-    # transformers measures dynamic scaling by max_position_embeddings, even beside the other key.
+    # For dynamic scaling, transformers uses max_position_embeddings even if the other key is given.
     known = {} if kind == "dynamic" else settings
     scaled = dataclasses.replace(
         scaled, original_max_position_embeddings=integer(known, _LENGTH, max_positions)
@@ -189,7 +190,7 @@ def parse_rope(
 
 
 def _yarn(scaled: RopeConfig, settings: Mapping[str, Any]) -> RopeConfig:
-    """The settings of yarn; its attention factor follows from the others unless it is given."""
+    """Parses the settings of yarn; the attention factor is computed from others if not given."""
     if scaled.theta <= 1.0:
         raise ConfigError(f"rope_theta is {scaled.theta}; yarn needs one above 1")
 
@@ -213,7 +214,7 @@ def _yarn(scaled: RopeConfig, settings: Mapping[str, Any]) -> RopeConfig:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings in one dictionary, without nulls; refuses two that contradict each other."""
+    """Merges all settings into one dictionary, without nulls; refuses contradicting ones."""
     settings: dict[str, Any] = {}
 
     def add(name: str, value: Any, origin: str) -> None:
@@ -232,7 +233,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{origin} is {shown(given)}, expected an object")
         for name, value in (given or {}).items():
             add(name, value, origin)
-    # Settings beside those objects, such as partial_rotary_factor and rope_interleaved.
+    # Settings outside these objects, such as partial_rotary_factor and rope_interleaved.
     for name, value in values.items():
         at_top = name in ("original_max_position_embeddings", "rotary_pct")
         if at_top or (("rope" in name or "rotary" in name) and name not in _TOP_LEVEL):

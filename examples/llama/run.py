@@ -1,5 +1,5 @@
-"""A run of the example: model, pool and engine from the command line's arguments, text and figures
-to standard output.
+"""Runs the example: makes model, pool and engine from the command-line arguments, and prints text
+and statistics to standard output.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from .turns import ConversationEngine
 
 __all__ = ["run"]
 
-_DRAFTED = 4  # tokens that a draft model guesses for a step
+_DRAFTED = 4  # tokens that a draft model guesses per step
 _IMPLEMENTATIONS = {"cpu": ("cpu", "xla"), "gpu": ("cuda", "xla")}
 
 
 def choose_sampling(args: argparse.Namespace) -> Sampling:
-    """How to sample: greedy by default, but not for the small model with the built-in prompts: a
-    greedy model of that size repeats itself."""
+    """Chooses how to sample: greedy by default, except for the small model with the built-in
+    prompts, because so small a model repeats itself in greedy mode."""
     demonstration = args.checkpoint == BUNDLED and not (args.prompt or args.prompt_file)
     temperature, top_p = (0.7, 0.9) if demonstration and args.temperature is None else (0.0, 1.0)
     if args.num_samples > 1 and not (temperature if args.temperature is None else args.temperature):
@@ -69,7 +69,7 @@ def make_pool(
     """Makes a pool of size --capacity, or large enough for all requests together, with `later` more
     tokens for each in later turns; without requests, for one sequence of full length. With
     replicas, each has that size."""
-    # Beams need new slots before old ones have drained.
+    # Beam search needs new slots before old ones have drained.
     slots = 2 * args.num_beams if args.num_beams > 1 else max(len(requests), 1)
     replicas = args.mesh.dp
     most = args.max_slots or slots * replicas
@@ -98,15 +98,15 @@ def make_pool(
 
 
 def block_tokens(args: argparse.Namespace) -> int | None:
-    """Tokens in a block. Blocks of the usual size would hold the small model's whole context in a
-    few: smaller ones show more."""
+    """Tokens in a block. With the default size, a few blocks would hold the small model's entire
+    context; smaller blocks show more."""
     small = args.checkpoint == BUNDLED and args.layout is None and jax.default_backend() == "cpu"
     return args.block_tokens or (16 if small else None)
 
 
 def compute_dtype(args: argparse.Namespace, stored: str) -> str:
-    """Type of weights and arithmetic: as asked for, float32 on CPU (XLA's bfloat16 products are
-    slow there), else as stored."""
+    """Type of weights and arithmetic: as requested, else float32 on CPU (where XLA's bfloat16
+    products are slow), else as stored."""
     return args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
 
 
@@ -120,7 +120,7 @@ def make_engine(
     draft: DraftModel | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Engine | ServedEngine:
-    """The engine that the arguments ask for."""
+    """Makes the engine for the arguments."""
     stop_ids = config.eos_token_ids
     on_token = printer.token if printer else None
     on_finish = printer.finish if printer else None
@@ -161,7 +161,7 @@ def make_engine(
 
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
-    """Turns the library's errors about values from the command line into InputError."""
+    """Converts the library's errors about command-line values to InputError."""
     try:
         yield
     except (ValueError, MemoryError, jax_kvpage.KVPageError) as error:
@@ -169,10 +169,10 @@ def input_errors() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Does what the arguments say, and prints text and figures or one JSON object.
+    """Runs the command, and prints text and statistics or one JSON object.
 
     Raises:
-      InputError: With a line that says what is wrong with the input.
+      InputError: A mistake in the input; the message is one line.
       OSError: The output or the plot cannot be written.
     """
     try:
@@ -223,7 +223,7 @@ def _run(args: argparse.Namespace) -> None:
             answered.append(requests)
             seconds += time.monotonic() - begin
         if not answered:
-            return  # Ctrl-D in place of the first message
+            return  # Ctrl-D before the first message
         requests = [request for turn in answered for request in turn]
         values = figures(engine, requests, pool.spec, pool.stats(), seconds)
     conversations = bool(args.turn) or talks(args)
@@ -242,7 +242,7 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps({"sequences": sequences, **values}))
     else:
         print_table(values)
-    # Last: if it fails after all, the results have been shown.
+    # Plot last: if it fails, the results have been shown.
     if args.plot:
         print(end="", flush=True)
         plot_memory(engine, values, args.plot)
@@ -254,9 +254,9 @@ def _sequences(
     tokenizer: Tokenizer,
     conversations: bool,
 ) -> list[dict[str, Any]]:
-    """The results of all requests, as --json prints them; with --num-beams also all finished
-    sequences of the search and their scores, the best first. With --turn the requests of the turns
-    follow each other, each with the number of its tokens that the cache had.
+    """The results of all requests for --json. With --num-beams they include all finished sequences
+    of the search and their scores, best first. In conversations, the requests of all turns follow
+    each other, each with the number of its cached tokens.
     """
     sequences: list[dict[str, Any]] = [
         {

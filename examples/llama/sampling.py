@@ -1,9 +1,9 @@
 """Choosing the next token: greedy, temperature, top-k, top-p.
 
-Programs of --scan use it; `jax_kvpage.serving` samples by itself, with the same random numbers. The
-random key of a token is a function of the seed, the sequence and the position alone. Who else is in
-the batch, whether a step was repeated, or whether a sequence was stalled or started again on
-the way does not change what it says.
+Used by the programs of --scan; `jax_kvpage.serving` has its own sampling, with the same random
+numbers. The random key of a token depends only on the seed, the sequence and the position. The text
+of a sequence therefore does not depend on the rest of the batch, or on whether steps were repeated,
+or the sequence was stalled or restarted.
 """
 
 import dataclasses
@@ -13,26 +13,26 @@ import jax.numpy as jnp
 
 __all__ = ["Sampling", "sample"]
 
-# Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
-# reciprocal: both must be normal. At the upper end all finite logits are equal already.
+# Compiled programs may treat subnormal numbers as zero, and may replace a division by a product
+# with the reciprocal, so both must be normal. At the upper end all finite logits are equal anyway.
 _SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
 _LARGEST_TEMPERATURE = 2.0**126
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose. Static in compiled programs.
+    """How to choose tokens. Static in compiled programs.
 
     Attributes:
-      temperature: 0 takes the most likely token, the first one of equals; otherwise logits are
-        divided by it. Below the smallest normal float32 (1.2e-38), the limit is taken: a random one
-        of the most likely tokens, which are rarely more than one.
-      top_k: Only the k most likely tokens; 0 for all.
-      top_p: Only the smallest set of most likely tokens whose probabilities reach p; 1 for all.
-        The most likely token always remains, however small p is.
-      seed: Of the random numbers.
-      num_samples: Sequences of each prompt: sequence ids count the samples of the first prompt,
-        then those of the second.
+      temperature: 0 takes the most likely token, the first one if there are several; otherwise
+        logits are divided by it. Below the smallest normal float32 (1.2e-38), one of the most
+        likely tokens is chosen at random; there is rarely more than one.
+      top_k: Sample from the k most likely tokens; 0 for all.
+      top_p: Sample from the smallest set of most likely tokens whose probabilities reach p; 1 for
+        all. The most likely token is always included.
+      seed: Seed of the random numbers.
+      num_samples: Number of sequences for each prompt: sequence ids count the samples of the first
+        prompt, then those of the second, and so on.
     """
 
     temperature: float = 0.0
@@ -52,19 +52,19 @@ class Sampling:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
 
     def seed_of(self, sequence: int) -> int:
-        """The seed that `jax_kvpage.serving.SamplingParams` takes for a sequence's prompt."""
+        """The seed for a sequence's prompt in `jax_kvpage.serving.SamplingParams`."""
         return (self.seed + sequence // self.num_samples) % 2**32
 
 
 def sample(
     logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """The next token of each sequence.
+    """Chooses the next token of each sequence.
 
     Args:
       logits: float32 `[n, vocab]`.
-      sequence_ids: int32 `[n]`, what tells a request from all others of the run.
-      positions: int32 `[n]`, the position that the new token will have.
+      sequence_ids: int32 `[n]`, unique for each request of the run.
+      positions: int32 `[n]`, the position of the new token.
       sampling: How to choose.
 
     Returns:
@@ -86,10 +86,10 @@ def sample(
 
 
 def _scale(logits: jax.Array, temperature: float) -> jax.Array:
-    """Logits `[n, vocab]` divided by a temperature above 0, with the largest of a row at 0.
+    """Divides logits `[n, vocab]` by a temperature above 0, with the maximum of each row at 0.
 
-    The maximum is subtracted first, so that a low temperature takes the others towards -inf and
-    leaves the largest finite; the result of sampling is the same.
+    Subtracting the maximum first keeps the largest logit finite at low temperatures, while the
+    others go to -inf; it does not change the result of sampling.
     """
     top = jnp.max(logits, axis=-1, keepdims=True)
     # An infinite maximum minus itself would be NaN.
@@ -100,7 +100,7 @@ def _scale(logits: jax.Array, temperature: float) -> jax.Array:
 
 
 def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Logits `[n, vocab]` with all but the k largest at -inf; equals of the last one stay."""
+    """Sets all logits `[n, vocab]` but the k largest to -inf; ties with the k-th are kept."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest = jax.lax.top_k(logits, k)[0][:, -1:]
@@ -108,15 +108,15 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Logits `[n, vocab]` with all outside the smallest set of mass p at -inf; the largest always
-    stays.
+    """Sets logits `[n, vocab]` outside the smallest set of mass p to -inf; always keeps the largest
+    one.
     """
     if p >= 1.0:
         return logits
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # Not `0 < p` for the first: a p below the normal float32 numbers may become zero.
+    # Set explicitly for the first, where `0 < p` may be false: a subnormal p may become zero.
     kept = (before < p).at[:, 0].set(True)
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)

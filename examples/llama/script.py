@@ -1,4 +1,4 @@
-"""Who says what: the prompts and turns of the command line, or messages from standard input."""
+"""The requests of a run: prompts and turns of the command line, or messages from standard input."""
 
 import argparse
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .turns import next_turn
 
 __all__ = ["Script", "make_script"]
 
-# Requests to run together, and what is printed in front of each.
+# Requests to run together, and the text to print before each.
 Turn = tuple[list[Request], list[str]]
 
 
@@ -24,32 +24,32 @@ class Script(Protocol):
     """The requests of a run, turn by turn.
 
     Attributes:
-      first: Those of the first turn; empty if they are not known yet.
-      later: Tokens by which later turns may make a sequence longer.
+      first: The requests of the first turn; empty if they are not known yet.
+      later: The most tokens that later turns may add to a sequence.
     """
 
     first: list[Request]
     later: int
 
     def turns(self) -> Iterator[Turn]:
-        """All turns. The requests of one have run when the next is asked for.
+        """Yields all turns. The requests of a turn must be finished before the next is taken.
 
         Raises:
           InputError: A conversation has become too long, or a message is not valid.
         """
 
     def interrupted(self) -> bool:
-        """Whether the requests that run now are not wanted any more."""
+        """Whether the running requests should be cancelled."""
 
 
 def make_script(
     args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer, max_seq_len: int
 ) -> Script:
-    """What the arguments ask for.
+    """Makes the script for the arguments.
 
     Raises:
-      InputError: With --chat, a checkpoint without a chat template; or prompts that are not valid
-        or do not fit.
+      InputError: --chat with a checkpoint without a chat template, or prompts that are not valid or
+        do not fit.
     """
     template = None
     if args.chat:
@@ -66,8 +66,8 @@ def make_script(
 def make_requests(
     prompts: list[list[int]], max_new_tokens: int, max_seq_len: int, num_samples: int = 1
 ) -> list[Request]:
-    """A request for each sample of each prompt; raises InputError for a prompt that leaves no room
-    for a token."""
+    """Makes a request for each sample of each prompt; raises InputError for a prompt that leaves no
+    room for a token."""
     requests = []
     for index, ids in enumerate(prompts):
         if len(ids) >= max_seq_len:
@@ -84,7 +84,7 @@ def make_requests(
 
 
 def tokens_of_turns(turns: list[list[int]], requests: list[Request], max_seq_len: int) -> int:
-    """Tokens by which later turns may make a sequence longer; raises InputError if they may not
+    """The most tokens that later turns may add to a sequence; raises InputError if they may not
     fit."""
     if not turns:
         return 0
@@ -100,7 +100,7 @@ def tokens_of_turns(turns: list[list[int]], requests: list[Request], max_seq_len
 
 
 class _Prepared:
-    """Prompts and turns that the command line names; see `Script`."""
+    """Prompts and turns from the command line; see `Script`."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Prepared:
             self._turns = self._chats[0].later_turns(self._texts)
         self.first = make_requests(ids, args.max_new_tokens, max_seq_len, args.num_samples)
         self.later = tokens_of_turns(self._turns, self.first, max_seq_len)
-        # An answer begins on a line by itself; what continues a prompt does not.
+        # In a chat, an answer begins on a new line; a continuation of a prompt does not.
         self._end = "\n" if self._chats else ""
         self._leads = [
             f"> {prompt}{self._end}" for prompt in prompts for _ in range(args.num_samples)
@@ -148,13 +148,13 @@ class _Prepared:
 
 
 class _Talk:
-    """A conversation whose messages come while it goes on; see `Script`.
+    """An interactive conversation; see `Script`.
 
     Args:
-      conversation: Empty.
-      console: Where the messages come from.
-      max_new_tokens: Of each answer.
-      max_seq_len: Tokens that a sequence may have.
+      conversation: An empty conversation.
+      console: The source of the messages.
+      max_new_tokens: The most tokens of each answer.
+      max_seq_len: The most tokens of a sequence.
     """
 
     def __init__(

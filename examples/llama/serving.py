@@ -1,4 +1,4 @@
-"""Serves jobs with the library's engine, and measures it."""
+"""Serves jobs with the library's engine and measures it."""
 
 import dataclasses
 import pathlib
@@ -44,9 +44,9 @@ class Sample:
     """Memory at one moment.
 
     Attributes:
-      seconds: After the start.
-      stored: Tokens stored.
-      reserved: Tokens that mapped blocks have room for.
+      seconds: Time since the start.
+      stored: Number of tokens stored.
+      reserved: Number of tokens for which blocks are mapped.
       requests: Tokens reserved by each running request, by its number.
     """
 
@@ -58,11 +58,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
-      outputs: Of each job; None if it was refused.
-      refusals: Messages of those.
+      outputs: The output of each job; None if it was refused.
+      refusals: The messages of refused jobs.
       samples: Memory over time.
       seconds: Duration.
     """
@@ -76,18 +76,18 @@ class Result:
 def make_draft(
     path: pathlib.Path, config: LlamaConfig, pool: jax_kvpage.KVPool, block_tokens: int | None
 ) -> DraftModel:
-    """The model directory `path` as a draft, in float32, with its own pool.
+    """Makes a draft model from the directory `path`, in float32, with its own pool.
 
     Args:
-      path: Of the draft.
-      config: Of the model that it guesses for.
-      pool: Of that model.
+      path: The draft model's directory.
+      config: The configuration of the target model.
+      pool: The pool of the target model.
       block_tokens: As for `make_pool`.
 
     Raises:
-      ConfigError: The directory holds no model that is supported.
-      CheckpointError: Nor does it hold its weights.
-      InputError: The models have different tokens.
+      ConfigError: The directory has no supported model.
+      CheckpointError: Its weights are missing or do not match.
+      InputError: The models have different vocabularies.
     """
     own = load_config(path)
     if own.vocab_size != config.vocab_size:
@@ -97,13 +97,13 @@ def make_draft(
         )
     step, weights = model_step(load_model(path, dtype=jnp.dtype("float32")))
     length = min(pool.spec.max_seq_len, own.max_position_embeddings)
-    # What all slots could take: a draft without memory guesses nothing.
+    # Enough memory for all slots when full: a draft without memory guesses nothing.
     memory = make_pool(own, pool.spec.max_slots, length, block_tokens, share=1)
     return DraftModel(step=step, params=weights, pool=memory)
 
 
 def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, Any]:
-    """The model as the engine wants it: a function, and its weights as a flat list."""
+    """The model in the form for the engine: a step function, and its weights as a flat list."""
     graph, state = nnx.split(model)
     weights, tree = jax.tree.flatten(state)
 
@@ -130,9 +130,9 @@ def serve(
     """Runs jobs as they arrive.
 
     Args:
-      engine: Warmed up.
-      jobs: By arrival.
-      params: For all; max_tokens is that of the job, seeds are counted up.
+      engine: The engine, warmed up.
+      jobs: The jobs, in order of arrival.
+      params: Parameters for all jobs, but with each job's max_tokens and consecutive seeds.
       on_finish: Called with the number of jobs that have just ended.
       sample_every: Steps between two samples of memory.
     """
@@ -174,7 +174,7 @@ def _sample(engine: Engine, seconds: float) -> Sample:
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:
-    """p50 and p99 in milliseconds; 0 without values."""
+    """p50 and p99 of seconds, in milliseconds; 0 without values."""
     if not values:
         return 0.0, 0.0
     middle, high = np.percentile(np.asarray(values) * 1000, (50, 99))
@@ -188,7 +188,7 @@ def figures(
     stats: jax_kvpage.PoolStats,
     compile_seconds: float,
 ) -> dict[str, Any]:
-    """The figures of a run, as plain numbers and strings."""
+    """The statistics of a run, as plain numbers and strings."""
     outputs = [output for output in result.outputs if output is not None]
     metrics = [output.metrics for output in outputs]
     reasons: dict[str, int] = {}
@@ -236,11 +236,11 @@ def figures(
 
 
 def plot_occupancy(result: Result, file: Any) -> None:
-    """Draws the tokens that each request has room for over time, one above the other.
+    """Draws a stack plot of the tokens for which each request has room over time.
 
     Raises:
       OSError: The file cannot be written.
-      ValueError: matplotlib does not know the file's ending.
+      ValueError: matplotlib does not know the file name's suffix.
     """
     import matplotlib
 

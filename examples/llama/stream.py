@@ -1,12 +1,12 @@
-"""Streaming: ids become pieces of text, and the pieces of several sequences share one terminal."""
+"""Streaming: turns ids into pieces of text, and prints those of several sequences in order."""
 
 from .generate import Request
 from .tokenizer import Tokenizer, common_start
 
 __all__ = ["Printer", "TextStream"]
 
-_WINDOW = 48  # tokens decoded in a step at most, as a rule
-_KEPT = 16  # tokens of context left when the window is cut
+_WINDOW = 48  # normal limit on the tokens decoded at a time
+_KEPT = 16  # tokens of context that stay when the window is cut
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -15,28 +15,28 @@ class TextStream:
     `Tokenizer.continuation`.
 
     The text of a token depends on its neighbours: it may be part of a character, and decoders treat
-    the beginning of a text in a special way. So each step decodes a window of tokens, and gives out
-    what is new, except a U+FFFD at its end: it may be a character that is not complete yet. The
-    window grows until its older part can be cut off without a change to the text of the rest.
-    (`tokenizers.decoders.DecodeStream` follows the same idea, but it fails on ids that are not
-    valid UTF-8, and has no way to get at the text that it holds back at the end.)
+    the beginning of a text specially. Each step therefore decodes a window of tokens and returns
+    the new text, except a U+FFFD at the end, which may be an incomplete character. The window grows
+    until its older part can be cut off without changing the text of the rest.
+    (`tokenizers.decoders.DecodeStream` works similarly, but fails on ids that are not valid UTF-8,
+    and cannot return the text that it holds back at the end.)
 
     Args:
-      tokenizer: Of the model.
-      prompt_ids: The tokens before the first piece; their text is not given out again.
+      tokenizer: The model's tokenizer.
+      prompt_ids: The tokens before the first piece; their text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
         self._window = list(prompt_ids)
         self._prompt: str | None = tokenizer.decode(prompt_ids)
-        self._given = 0  # characters of the window's text that need not be given out any more
+        self._given = 0  # characters of the window's text that were already returned
         self._limit = _WINDOW
         self._text = self._prompt
         self._shrink()
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; "" while nothing is certain."""
+        """Adds a token; returns the text that it completes, or "" if that is not certain yet."""
         self._window.append(token)
         self._text = self._tokenizer.decode(self._window)
         if self._tokenizer.rewrites:
@@ -47,7 +47,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The text that has been held back, at the end of the sequence."""
+        """Returns the text held back at the end of the sequence."""
         return self._give(len(self._text))
 
     def _give(self, end: int) -> str:
@@ -60,7 +60,7 @@ class TextStream:
         return piece
 
     def _shrink(self) -> None:
-        """Cuts off the older part of a long window, at a token where the rest decodes alike."""
+        """Cuts off the older part of a long window, at a token where the rest decodes the same."""
         if len(self._window) <= self._limit or self._tokenizer.rewrites:
             return
         given = self._given
@@ -69,7 +69,7 @@ class TextStream:
         for start in range(len(self._window) - _KEPT, len(self._window) - 2 * _KEPT, -1):
             rest = self._tokenizer.decode(self._window[start:])
             removed = len(self._text) - len(rest)
-            # One that begins with U+FFFD may begin inside a character.
+            # A text that begins with U+FFFD may begin inside a character.
             whole_character = rest and rest[0] != _UNKNOWN
             if whole_character and removed <= given and self._text.endswith(rest):
                 self._window = self._window[start:]
@@ -77,17 +77,17 @@ class TextStream:
                 self._prompt = None if self._prompt is None else self._prompt[removed:]
                 self._limit = _WINDOW
                 return
-        self._limit *= 2  # such as for a long run of special tokens
+        self._limit *= 2  # for example in a long run of special tokens
 
 
 class Printer:
-    """Streams several sequences to standard output: the first unfinished as it comes, then the
-    next.
+    """Streams several sequences to standard output, one after the other: the first unfinished one
+    is printed as its tokens arrive.
 
     Args:
-      requests: In the order to print, before any has run.
-      leads: What is printed in front of each.
-      tokenizer: Of the model.
+      requests: The requests in the order to print, before any has run.
+      leads: The text to print before each.
+      tokenizer: The model's tokenizer.
     """
 
     def __init__(self, requests: list[Request], leads: list[str], tokenizer: Tokenizer) -> None:
@@ -95,7 +95,7 @@ class Printer:
         self.start(requests, leads)
 
     def start(self, requests: list[Request], leads: list[str]) -> None:
-        """Goes on with other requests, when all of those before have finished."""
+        """Starts with new requests; all earlier ones must have finished."""
         self._requests, self._leads = requests, leads
         self._streams = [TextStream(self._tokenizer, request.prompt_ids) for request in requests]
         self._held = [""] * len(requests)
@@ -103,11 +103,11 @@ class Printer:
         self._next()
 
     def token(self, request: Request, token: int) -> None:
-        """Takes one token; what belongs to a later sequence is held back."""
+        """Handles one token; text of later sequences is held back."""
         self._show(request, self._streams[request.index].push(token))
 
     def finish(self, request: Request) -> None:
-        """Takes the end of a sequence, and goes on to the next if it was the one being printed."""
+        """Handles the end of a sequence; if it was being printed, continues with the next."""
         self._show(request, self._streams[request.index].finish())
         while self._front < len(self._requests) and self._requests[self._front].finish_reason:
             self._write(f" [{self._requests[self._front].finish_reason}]\n\n")

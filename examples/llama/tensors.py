@@ -1,8 +1,8 @@
-"""Reads tensors of safetensors files at the speed of the disk, without holding a second copy.
+"""Reads tensors of safetensors files at the speed of the disk, without a second copy in memory.
 
-A tensor is read into its place in memory, or converted in pieces of a megabyte. The file is read
-and not mapped: pages of a mapping would count as memory of the process until they are dropped, and
-a file that another program cuts short would end the process with SIGBUS.
+A tensor is read into its final place in memory, or converted in pieces of a megabyte. The file is
+read and not mapped: mapped pages would count as memory of the process until they are dropped, and
+the process would die with SIGBUS if another program truncated the file.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 __all__ = ["TensorFile", "aligned_empty"]
 
 _PIECE_BYTES = 2**20
-_ALIGNMENT = 64  # JAX on CPU takes over a NumPy array of this alignment without a copy
+_ALIGNMENT = 64  # JAX on CPU uses a NumPy array with this alignment without a copy
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 
 
@@ -72,7 +72,7 @@ class TensorFile:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array without values that JAX on CPU takes over without a copy."""
+    """An uninitialized array that JAX on CPU can use without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
@@ -81,7 +81,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _convert(values: np.ndarray, target: np.ndarray) -> None:
     if values.dtype == _DTYPES["BF16"] and target.dtype == np.float32:
-        # A bfloat16 is the upper half of a float32; NumPy's own conversion takes ten times as long.
+        # A bfloat16 is the upper half of a float32; NumPy's conversion takes ten times as long.
         wide = target.view(np.uint32)
         wide[:] = values.view(np.uint16)
         wide <<= 16

@@ -1,4 +1,4 @@
-"""Text to token ids and back, through the checkpoint's own `tokenizer.json`."""
+"""Converts text to token ids and back with the checkpoint's `tokenizer.json`."""
 
 import json
 import pathlib
@@ -15,18 +15,17 @@ _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that is missing, damaged, or not the model's."""
+    """A tokenizer that is missing, damaged, or does not match the model."""
 
 
 class Tokenizer:
-    """The tokenizer of the model directory `path`; ids must lie below `vocab_size`.
+    """The tokenizer of the model directory `path`; ids must be below `vocab_size`.
 
     Attributes:
-      rewrites: Whether a new token may change text far back, which then cannot be streamed.
+      rewrites: Whether a new token may change text far back, so that text cannot be streamed.
 
     Raises:
-      TokenizerError: No tokenizer.json, one that cannot be read, or one with more ids than the
-        model has embeddings.
+      TokenizerError: There is no tokenizer.json, or it cannot be read.
     """
 
     def __init__(self, path: str | pathlib.Path, vocab_size: int) -> None:
@@ -37,11 +36,11 @@ class Tokenizer:
                 "with AutoTokenizer.from_pretrained(...).save_pretrained of transformers"
             )
         try:
-            # By content, as the library takes no path that is not UTF-8.
+            # Pass the contents, because the library only accepts UTF-8 paths.
             self._tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
-        # Some tokenizers pad or truncate by default; a prompt is neither.
+        # Some tokenizers pad or truncate by default.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._vocab_size = vocab_size
@@ -52,11 +51,11 @@ class Tokenizer:
         self.rewrites = _rewrites(steps)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a prompt, with the special tokens that the tokenizer puts around it; without
-        those (`special=False`), of a text that continues another.
+        """Encodes a prompt, with the special tokens that the tokenizer adds; without them
+        (`special=False`), encodes a continuation of another text.
 
         Raises:
-          TokenizerError: The text has no tokens, or an id that the model has no embedding for.
+          TokenizerError: The text has no tokens, or an id for which the model has no embedding.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
@@ -69,11 +68,11 @@ class Tokenizer:
         return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out.
+        """The text of token ids, without special tokens.
 
-        Each byte that is no part of a character becomes U+FFFD, and so does a character that the
-        last id leaves incomplete. (The library would turn a whole run of byte tokens into U+FFFD
-        for a single wrong byte, complete characters included.)
+        Each byte that is not part of a character becomes U+FFFD, and so does an incomplete last
+        character. (For a single invalid byte, the library would turn an entire run of byte tokens
+        into U+FFFD, including complete characters.)
         """
         if self._byte_fallback:
             tokens = [self._tokenizer.id_to_token(token) for token in ids]
@@ -84,16 +83,16 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def continuation(self, prompt_ids: list[int], output_ids: list[int]) -> str:
-        """Text of the output as it stands after the prompt (some decoders drop a leading space)."""
+        """The text of the output after the prompt (some decoders drop a leading space)."""
         whole = self.decode(prompt_ids + output_ids)
         return whole[common_start(self.decode(prompt_ids), whole) :]
 
 
 def common_start(prompt: str, whole: str) -> int:
-    """Characters of `whole`, the text of prompt and output, that are the prompt's.
+    """The number of characters of `whole`, the text of prompt and output, that are the prompt's.
 
     That is all of the prompt's text, unless the output changes its end: by completing a character,
-    or because the decoder treats the end of a text in a special way.
+    or because the decoder treats the end of a text specially.
     """
     if whole.startswith(prompt):
         return len(prompt)
@@ -102,7 +101,7 @@ def common_start(prompt: str, whole: str) -> int:
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The decoders of a tokenizer.json in the order in which they run."""
+    """Yields the decoders of a tokenizer.json in the order in which they run."""
     if decoder is None:
         return
     if decoder["type"] == "Sequence":
@@ -113,10 +112,10 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _rewrites(steps: list[dict[str, Any]]) -> bool:
-    """Whether a decoder replaces patterns in the whole text, so that more text may match earlier.
+    """Whether a decoder replaces patterns in the joined text, so that later text can change it.
 
     Before `Fuse` (or another decoder that joins the tokens), a replacement sees one token at a
-    time. One that matches a single character cannot depend on what follows either.
+    time. A replacement of a single character does not depend on later text either.
     """
     joined = False
     for step in steps:
@@ -128,7 +127,7 @@ def _rewrites(steps: list[dict[str, Any]]) -> bool:
 
 
 def _mend_bytes(tokens: list[str]) -> Iterator[str]:
-    """The tokens with U+FFFD in place of byte tokens that form no character."""
+    """Replaces byte tokens that do not form a character by U+FFFD."""
     run = b""
     for token in [*tokens, ""]:
         match = _BYTE.fullmatch(token)

@@ -1,8 +1,8 @@
-"""Typed access to the JSON of a `config.json`: each reader returns a checked value or raises
+"""Typed access to the JSON of a `config.json`: each function returns a checked value or raises
 ConfigError with the name of the key, the value found and the value expected.
 
-JSON from Python may hold NaN and Infinity, and hand-edited files hold strings for numbers and
-booleans. Python would accept most of them and fail, or generate noise, much later.
+JSON written by Python may contain NaN and Infinity, and hand-edited files may have strings for
+numbers and booleans. Python would accept most of these and fail, or generate garbage, much later.
 """
 
 import json
@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in `file`."""
+    """Reads the JSON object in `file`."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -50,7 +50,7 @@ def integer(
     least: int = 1,
     most: int = _LARGEST,
 ) -> int:
-    """An integer, positive by default; null and a missing key give the default, if there is one."""
+    """Reads an integer, positive by default; null or a missing key gives the default, if any."""
     value = values.get(name)
     value = default if value is None else value
     if value is None:
@@ -64,7 +64,7 @@ def integer(
 
 
 def number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A positive number; null and a missing key give the default, if there is one."""
+    """Reads a positive number; null or a missing key gives the default, if any."""
     value = values.get(name)
     value = default if value is None else value
     if value is None:
@@ -72,7 +72,7 @@ def number(values: Mapping[str, Any], name: str, default: float | None = None) -
     problem = f"{name} is {shown(value)}, expected a positive number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ConfigError(problem)
-    # The model computes in float32, where a larger value is infinite and a smaller one is zero.
+    # The model computes in float32, where larger values are infinite and smaller ones are zero.
     limits = np.finfo(np.float32)
     if not float(limits.smallest_subnormal) <= value <= float(limits.max):
         raise ConfigError(f"{problem} in the range of float32")
@@ -80,7 +80,7 @@ def number(values: Mapping[str, Any], name: str, default: float | None = None) -
 
 
 def boolean(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """True or false; null and a missing key give the default."""
+    """Reads true or false; null or a missing key gives the default."""
     value = values.get(name)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"{name} is {shown(value)}, expected true or false")
@@ -88,7 +88,7 @@ def boolean(values: Mapping[str, Any], name: str, default: bool = False) -> bool
 
 
 def token_ids(values: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
-    """Token ids given as one integer, a list of integers, or null."""
+    """Reads token ids: one integer, a list of integers, or null."""
     value = values.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for item in ids:
@@ -103,12 +103,12 @@ def token_ids(values: Mapping[str, Any], name: str, vocab_size: int) -> tuple[in
 
 
 def same(left: object, right: object) -> bool:
-    """Whether two JSON values are equal, where true is not 1 and 1.0 is 1."""
+    """Whether two JSON values are equal; true is not equal to 1, but 1.0 is."""
     return left == right and isinstance(left, bool) == isinstance(right, bool)
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it: one line, cut where it is long."""
+    """A value in the form for error messages: one line, truncated if it is long."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return f"an integer of about 10**{int(math.log10(abs(value)))}"
     text = repr(value)

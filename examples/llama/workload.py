@@ -1,4 +1,4 @@
-"""Requests to serve: prompts of a file, or the lengths and times of a trace with random tokens."""
+"""Requests to serve, and traces of lengths and times, for which tokens are random."""
 
 import csv
 import dataclasses
@@ -16,12 +16,12 @@ from .arguments import InputError
 
 __all__ = ["Job", "read_trace", "trace_jobs"]
 
-_SPAN = 512  # tokens that a hash id of a Mooncake trace stands for
+_SPAN = 512  # tokens per hash id in a Mooncake trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request to come.
+    """A future request.
 
     Attributes:
       arrival: Seconds after the start.
@@ -43,13 +43,13 @@ class _Row:
 
 
 def read_trace(path: pathlib.Path, most: int) -> list[_Row]:
-    """The first rows of a trace, gzipped or not.
+    """Reads the first rows of a trace, gzipped or not.
 
-    Known are the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) and
+    Supports the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) and
     Mooncake's (JSON lines: timestamp, input_length, output_length, hash_ids).
 
     Raises:
-      InputError: It cannot be read, or has another form.
+      InputError: The file cannot be read, or has another format.
     """
     try:
         data = path.read_bytes()
@@ -70,7 +70,7 @@ def read_trace(path: pathlib.Path, most: int) -> list[_Row]:
 def _azure(text: str) -> Iterator[_Row]:
     first = None
     for row in csv.DictReader(io.StringIO(text)):
-        # Seven digits of a second: one more than Python reads.
+        # Fractional seconds have seven digits, one more than Python reads.
         now = datetime.fromisoformat(row["TIMESTAMP"][:26])
         first = first or now
         seconds = (now - first).total_seconds()
@@ -89,14 +89,14 @@ def _mooncake(text: str) -> Iterator[_Row]:
 def trace_jobs(
     rows: list[_Row], vocab_size: int, shrink: int, speed: float, seed: int
 ) -> list[Job]:
-    """Requests with random tokens; equal hash ids give equal tokens.
+    """Makes requests with random tokens; equal hash ids give equal tokens.
 
     Args:
-      rows: Of `read_trace`.
-      vocab_size: Of the model.
+      rows: From `read_trace`.
+      vocab_size: The model's vocabulary size.
       shrink: Divides all lengths, for models with a short context.
       speed: Divides all times; 0 lets all requests arrive at the start.
-      seed: Of the tokens.
+      seed: Seed of the tokens.
     """
     jobs = []
     for number, row in enumerate(rows):

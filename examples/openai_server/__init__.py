@@ -1,1 +1,1 @@
-"""Modules of serve_openai.py. The name differs from that of `openai`, the client on PyPI."""
+"""Modules of serve_openai.py; not called `openai`, which is the client package on PyPI."""

@@ -1,4 +1,4 @@
-"""Outputs of the engine as OpenAI's objects: whole answers and pieces of a stream."""
+"""Converts outputs of the engine to OpenAI's objects: complete responses and stream chunks."""
 
 import dataclasses
 import secrets
@@ -13,17 +13,17 @@ from .calls import Call
 __all__ = ["Answer", "finish_reason"]
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_REASONS = {"capacity": "length"}  # memory holds no more: for the client that is a length
+_REASONS = {"capacity": "length"}  # out of memory: for the client this is a length limit
 
 
 def finish_reason(reason: str | None) -> str | None:
-    """A finish reason of the engine in OpenAI's words."""
+    """Converts a finish reason of the engine to OpenAI's."""
     return None if reason is None else _REASONS.get(reason, reason)
 
 
 @dataclasses.dataclass
 class _Sent:
-    """How much of a choice the client has."""
+    """How much of a choice was already sent to the client."""
 
     characters: int = 0
     tokens: int = 0
@@ -35,8 +35,8 @@ class Answer:
 
     Args:
       call: The request.
-      decode: Text of token ids.
-      echoes: Texts of the prompts, which choices begin with.
+      decode: Converts token ids to text.
+      echoes: Texts of the prompts, to be put before the text of choices.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Answer:
             "created": int(time.time()),
             "model": call.model,
         }
-        # All chunks have the field if the last one holds the usage.
+        # If the last chunk contains the usage, all others have the field too.
         self._no_usage = {"usage": None} if call.include_usage else {}
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """The response to a request that is not streamed."""
+        """The response to a request without streaming."""
         choices = [
             self._choice(number, output, each)
             for number, output in enumerate(outputs)
@@ -67,7 +67,7 @@ class Answer:
         return {**self._head, "choices": choices, "usage": _usage(outputs)}
 
     def pieces(self, number: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """What is new in the output of a prompt, as chunks; there may be none."""
+        """The new part of a prompt's output, as chunks; there may be none."""
         chunks = []
         for each in output.outputs:
             sent = self._state(number, each)
@@ -82,14 +82,14 @@ class Answer:
         return chunks
 
     def usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """The last chunk of a stream that was asked to include the usage."""
+        """The last chunk of a stream with usage."""
         return {**self._head, "choices": [], "usage": _usage(outputs)}
 
     def _chunk(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._head, **self._no_usage, "choices": [choice]}
 
     def _role(self, number: int, output: CompletionOutput) -> dict[str, Any]:
-        """What a chat's stream begins with."""
+        """The first choice of a chat stream."""
         return {
             "index": self._index(number, output),
             "delta": {"role": "assistant", "content": ""},
@@ -104,7 +104,7 @@ class Answer:
         return self._sent.setdefault(self._index(number, output), _Sent())
 
     def _choice(self, number: int, output: RequestOutput, each: CompletionOutput) -> dict[str, Any]:
-        """A choice with all that the client does not have yet."""
+        """A choice with everything that was not sent yet."""
         sent = self._state(number, each)
         text = each.text[sent.characters :]
         tokens = slice(sent.tokens, len(each.token_ids))
@@ -153,20 +153,20 @@ class Answer:
         }
 
     def _top(self, found: Mapping[int, Logprob], top: int) -> dict[str, float]:
-        """Logprobs by the tokens' text. Of several with the same text, the most likely one's."""
+        """Logprobs by token text. If several tokens have the same text, the most likely one's."""
         texts: dict[str, float] = {}
         for token, logprob in _ranked(found, top):
             texts.setdefault(self._decode([token]), logprob.logprob)
         return texts
 
     def _entry(self, token: int, found: Mapping[int, Logprob], top: int) -> dict[str, Any]:
-        """A token of a chat, with the most likely ones in its place."""
+        """The entry of a token in a chat, with its most likely alternatives."""
         alternatives = [self._token(*pair) for pair in _ranked(found, top)]
         return {**self._token(token, found[token]), "top_logprobs": alternatives}
 
     def _token(self, token: int, logprob: Logprob) -> dict[str, Any]:
         text = self._decode([token])
-        # A part of a character has bytes that its text does not tell.
+        # The bytes of a partial character cannot be derived from its text.
         encoded = None if _UNKNOWN in text else list(text.encode())
         return {"token": text, "logprob": logprob.logprob, "bytes": encoded}
 
@@ -179,7 +179,7 @@ def _ranked(found: Mapping[int, Logprob], top: int) -> list[tuple[int, Logprob]]
 def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(len(each.token_ids) for output in outputs for each in output.outputs)
-    # After a preemption a prompt may be found once more.
+    # After a preemption, a prompt may be found in the cache again.
     cached = sum(
         min(output.metrics.num_cached_tokens, len(output.prompt_token_ids)) for output in outputs
     )

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies, streams by server-sent events, and clients that vanish."""
+"""The HTTP layer: routes, bodies, streams of server-sent events, and disconnected clients."""
 
 import asyncio
 import json
@@ -33,12 +33,12 @@ _Parse = Callable[[dict[str, Any], Limits], Call]
 def make_app(
     service: Service, api_key: str | None = None, hosts: Collection[str] | None = None
 ) -> Starlette:
-    """The application.
+    """Makes the application.
 
     Args:
       service: Runs the requests.
-      api_key: What clients of `/v1` must send as a bearer token; None for no key.
-      hosts: Names that the Host header may have; None for any.
+      api_key: The bearer token that clients of `/v1` must send; None for no key.
+      hosts: Names allowed in the Host header; None for any.
     """
 
     async def models(request: Request) -> Response:
@@ -87,7 +87,7 @@ def make_app(
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    """No such path, or another method than those that it has."""
+    """Answers requests for unknown paths, or with a wrong method."""
     return ApiError(error.detail, status=error.status_code, headers=error.headers).response()
 
 
@@ -110,11 +110,11 @@ class _Generation:
             await reply.fail(error)
 
     async def _read(self, request: Request) -> bytes | None:
-        """The body; None if the client has left.
+        """Reads the body; returns None if the client has disconnected.
 
         Raises:
-          ApiError: It is too large, or of another type. Browsers ask before they send JSON to
-            another site.
+          ApiError: The body is too large, or not JSON. Requiring the JSON content type makes
+            browsers send a preflight request before a cross-site request.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
@@ -164,7 +164,7 @@ class _Generation:
 
 
 class _Reply:
-    """The response to one request. Nothing is sent before the first output or error is there."""
+    """The response to one request. Nothing is sent before the first output or error."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
@@ -172,22 +172,22 @@ class _Reply:
         self._begun = self._streams = False
 
     async def whole(self, values: dict[str, Any]) -> None:
-        """An answer in one piece."""
+        """Sends a complete response."""
         self._begun = True
         await JSONResponse(values)(self._scope, _nothing, self._send)
 
     async def events(self, values: list[dict[str, Any]]) -> None:
-        """More of a stream."""
+        """Sends events of a stream."""
         if values:
             lines = [f"data: {json.dumps(each)}\n\n" for each in values]
             await self._stream("".join(lines).encode())
 
     async def done(self) -> None:
-        """The end of a stream."""
+        """Sends the end of a stream."""
         await self._stream(b"data: [DONE]\n\n", last=True)
 
     async def fail(self, error: ApiError) -> None:
-        """An error: the response's status, or the last event of a stream that has begun."""
+        """Sends an error: as the response, or as the last event of a stream that has begun."""
         if not self._begun:
             self._begun = True
             await error.response()(self._scope, _nothing, self._send)
@@ -197,7 +197,7 @@ class _Reply:
                 async with asyncio.timeout(1):  # the client may have stopped reading
                     await self._stream(event.encode(), last=True)
             except TimeoutError:
-                return  # the connection is closed, as the response has no end
+                return  # the response is incomplete, so the connection is closed
 
     async def _stream(self, body: bytes, last: bool = False) -> None:
         if not self._begun:
@@ -213,7 +213,7 @@ async def _nothing() -> Message:
 
 
 async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work`; cancels it when the client is gone."""
+    """Runs `work`; cancels it if the client disconnects."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_departure(receive))
     try:

@@ -1,6 +1,6 @@
-"""What a request asks for: the body of `/v1/completions` or `/v1/chat/completions`, checked.
+"""Parses and checks the bodies of `/v1/completions` and `/v1/chat/completions`.
 
-Fields that OpenAI's and vLLM's servers know are either served or refused, never ignored.
+Fields of OpenAI's and vLLM's servers are either supported or refused, never ignored.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ class Call:
     Attributes:
       model: Name of the model.
       prompts: Texts or token ids; empty for a chat.
-      messages: Of a chat; empty otherwise.
-      template_values: Further variables of the chat template.
+      messages: Messages of a chat; empty otherwise.
+      template_values: More variables of the chat template.
       sampling: Arguments of `SamplingParams`, without max_tokens.
-      max_tokens: None for the default.
-      stream: Whether the answer comes in pieces.
-      include_usage: Whether the last piece holds the usage.
+      max_tokens: The most tokens to generate; None for the default.
+      stream: Whether to stream the response.
+      include_usage: Whether the last chunk contains the usage.
       echo: Whether the text begins with the prompt.
-      token_ids: Whether choices have the token ids too.
-      namespace: Of the prefix cache.
-      priority: Lower numbers go first.
+      token_ids: Whether choices also contain the token ids.
+      namespace: Namespace in the prefix cache.
+      priority: Requests with lower numbers run first.
     """
 
     model: str
@@ -58,11 +58,11 @@ class Call:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a conversation."""
+        """Whether it is a chat."""
         return bool(self.messages)
 
     def params(self, max_tokens: int) -> SamplingParams:
-        """How to sample.
+        """Makes the sampling parameters.
 
         Raises:
           ApiError: Values out of range.
@@ -76,10 +76,10 @@ class Call:
 
 
 def parse_completion(values: dict[str, Any], limits: Limits) -> Call:
-    """The body of `/v1/completions`.
+    """Parses the body of `/v1/completions`.
 
     Raises:
-      ApiError: It cannot be served.
+      ApiError: The body is invalid or not supported.
     """
     fields = Fields(values)
     prompts = _prompts(fields.any("prompt"))
@@ -96,10 +96,10 @@ def parse_completion(values: dict[str, Any], limits: Limits) -> Call:
 
 
 def parse_chat(values: dict[str, Any], limits: Limits) -> Call:
-    """The body of `/v1/chat/completions`.
+    """Parses the body of `/v1/chat/completions`.
 
     Raises:
-      ApiError: It cannot be served.
+      ApiError: The body is invalid or not supported.
     """
     fields = Fields(values)
     messages = _messages(fields.any("messages"))
@@ -123,7 +123,7 @@ def parse_chat(values: dict[str, Any], limits: Limits) -> Call:
 def _common(
     fields: Fields, limits: Limits, logprobs: int | None, max_tokens: int | None
 ) -> dict[str, Any]:
-    """The fields of both; takes the last ones."""
+    """Parses the fields common to both, and refuses all that are left."""
     model = fields.string("model")
     if not model:
         raise fields.error("model", "wanted the name of a model", "missing_required_parameter")
@@ -175,7 +175,7 @@ def _priority(fields: Fields) -> int:
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """A text, token ids, or a list of either."""
+    """Parses a text, token ids, or a list of either."""
     if isinstance(value, str):
         return [check_text(value, "prompt")]
     if not isinstance(value, list) or not value:
@@ -194,7 +194,7 @@ def _prompts(value: Any) -> list[Prompt]:
 
 
 def _at_most(value: Any, most: int, param: str) -> Any:
-    """The value, or an error if it is too long."""
+    """Returns the value; raises ApiError if it is too long."""
     if value is not None and len(value) > most:
         raise ApiError(
             f"{param}: wanted a length of {most} at most, got {len(value)}",
@@ -205,7 +205,7 @@ def _at_most(value: Any, most: int, param: str) -> Any:
 
 
 def _ids(value: Any, param: str) -> list[int]:
-    """Token ids; whether the model has them is checked later."""
+    """Checks token ids, but not whether they are in the model's vocabulary."""
     if not isinstance(value, list) or not all(
         type(token) is int and 0 <= token < 2**31 for token in value
     ):
@@ -252,7 +252,7 @@ def _message(value: Any, path: str) -> dict[str, str]:
 
 
 def _content(value: Any, path: str) -> str:
-    """A text, or the texts of parts, joined."""
+    """Parses a text, or a list of text parts, which are joined."""
     if isinstance(value, str):
         return check_text(value, path)
     if not isinstance(value, list):

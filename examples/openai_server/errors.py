@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients expect."""
+"""Errors in the format that OpenAI's clients expect."""
 
 import json
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ class ApiError(Exception):
     """A request that is refused or has failed.
 
     Args:
-      message: For the user.
-      status: Of HTTP.
-      param: The field of the body that is wrong.
-      code: A word for programs.
-      headers: Further headers of the response.
+      message: A message for the user.
+      status: The HTTP status.
+      param: The invalid field of the body.
+      code: A machine-readable code.
+      headers: Additional headers of the response.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that describes it."""
+        """The error as a JSON object."""
         return {
             "error": {
                 "message": str(self),
@@ -50,8 +50,8 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The whole response."""
-        # Text of the request may be quoted, lone surrogates included: ASCII holds everything.
+        """The error as a response."""
+        # The message may quote text of the request, including lone surrogates, so encode as ASCII.
         return _AsciiResponse(self.body, self.status, self.headers)
 
 

@@ -1,4 +1,4 @@
-"""Fields of a JSON body, taken one by one; those that nobody has taken are refused."""
+"""Reads the fields of a JSON body one by one; fields that were not read are refused."""
 
 import json
 import math
@@ -12,10 +12,10 @@ _LARGEST = 2**31 - 1  # numbers are int32 on the device
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body.
+    """Parses the JSON object in a request's body.
 
     Raises:
-      ApiError: Anything else.
+      ApiError: The body is not a JSON object.
     """
     try:
         values = json.loads(body)
@@ -28,18 +28,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def check_text(text: str, param: str) -> str:
-    """The text, if it has no lone surrogates, which UTF-8 cannot hold."""
+    """Returns the text; raises ApiError for lone surrogates, which UTF-8 cannot encode."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ApiError(f"{param} has half of a surrogate pair: it is not text", param=param)
     return text
 
 
 class Fields:
-    """The fields of a body, or of an object in it. A null is as good as an absent field.
+    """The fields of a body, or of an object in it. A null counts as an absent field.
 
     Args:
       values: The object.
-      path: In front of field names in errors.
+      path: Prefix of field names in errors.
     """
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
@@ -47,17 +47,17 @@ class Fields:
         self._path = path
 
     def any(self, name: str) -> Any:
-        """A field of any type; None if it is absent."""
+        """Reads a field of any type; None if it is absent."""
         return self._left.pop(name, None)
 
     def boolean(self, name: str) -> bool:
-        """A boolean; False if it is absent."""
+        """Reads a boolean; False if it is absent."""
         return bool(self._typed(name, bool, "a boolean") or False)
 
     def integer(
         self, name: str, default: int | None = None, low: int = 0, high: int = _LARGEST
     ) -> int | None:
-        """A whole number from `low` to `high`."""
+        """Reads an integer from `low` to `high`."""
         value = self._typed(name, int, "an integer")
         if value is None:
             return default
@@ -66,7 +66,7 @@ class Fields:
         return int(value)
 
     def number(self, name: str, default: float) -> float:
-        """A finite number."""
+        """Reads a finite number."""
         value = self._typed(name, int | float, "a number")
         if value is None:
             return default
@@ -79,16 +79,16 @@ class Fields:
         return float(value)
 
     def string(self, name: str) -> str | None:
-        """A text; None if it is absent."""
+        """Reads a text; None if it is absent."""
         value = self._typed(name, str, "a string")
         return None if value is None else check_text(value, self._path + name)
 
     def object(self, name: str) -> dict[str, Any]:
-        """An object; an empty one if it is absent."""
+        """Reads an object; an empty one if it is absent."""
         return dict(self._typed(name, dict, "an object") or {})
 
     def expect(self, name: str, *neutral: Any) -> None:
-        """Refuses a field that has another value than those that change nothing."""
+        """Refuses a field, unless it has one of the values that have no effect."""
         value = self._left.pop(name, None)
         if value is not None and not any(
             type(value) is type(each) and value == each for each in neutral
@@ -96,12 +96,12 @@ class Fields:
             raise self.error(name, "this server does not support it", "unsupported_parameter")
 
     def finish(self) -> None:
-        """Refuses what is left."""
+        """Refuses fields that were not read."""
         for name in self._left:
             raise self.error(name, "this server does not support it", "unsupported_parameter")
 
     def error(self, name: str, reason: str, code: str = "invalid_value") -> ApiError:
-        """What is wrong with a field."""
+        """Makes the error for a field."""
         path = self._path + name
         return ApiError(f"{path[:200]}: {reason}", param=path[:200], code=code)
 

@@ -1,4 +1,4 @@
-"""Checks of a request's headers before anything else is read: its host and its API key."""
+"""Checks the host and the API key in a request's headers before anything else is read."""
 
 import hmac
 import ipaddress
@@ -15,14 +15,14 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 def allowed_hosts(address: str, further: Collection[str] = ()) -> frozenset[str] | None:
-    """The names under which a server may be reached.
+    """The host names that requests to a server may use.
 
     Args:
-      address: Where it listens, as a number.
-      further: Names that are allowed in addition.
+      address: The numeric address on which it listens.
+      further: Additional names.
 
     Returns:
-      Names for `CheckHost`; None to check nothing, as on a public address without names.
+      Names for `CheckHost`; None to skip the check, on a public address without additional names.
     """
     number = ipaddress.ip_address(address.partition("%")[0])
     if not further and not number.is_loopback:
@@ -34,11 +34,11 @@ def allowed_hosts(address: str, further: Collection[str] = ()) -> frozenset[str]
 class CheckHost:
     """Refuses requests for other hosts.
 
-    A page of another site can have its name resolve to this machine (DNS rebinding). Its requests
-    then count as requests to its own site for the browser, but they still carry that site's name.
+    A page of another site can make its name resolve to this machine (DNS rebinding). The browser
+    then treats its requests as same-origin, but their Host header still has that site's name.
 
     Args:
-      app: What follows.
+      app: The next application.
       hosts: From `allowed_hosts`.
     """
 
@@ -47,7 +47,7 @@ class CheckHost:
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the request, or hands it on."""
+        """Refuses the request, or passes it on."""
         if scope["type"] == "http" and _host_name(Headers(scope=scope)) not in self._hosts:
             error = ApiError(
                 "this server has another name than the Host header says (--allowed-host)",
@@ -60,7 +60,7 @@ class CheckHost:
 
 
 def _host_name(headers: Headers) -> str:
-    """The host of the Host header without its port; empty if there is none."""
+    """The host in the Host header, without the port; empty if there is none."""
     host = headers.get("host", "").lower()
     if host.startswith("["):
         return host[: host.find("]") + 1]
@@ -71,8 +71,8 @@ class RequireKey:
     """Refuses requests to `/v1` without the key.
 
     Args:
-      app: What follows.
-      key: What clients send as a bearer token.
+      app: The next application.
+      key: The bearer token that clients must send.
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
@@ -80,7 +80,7 @@ class RequireKey:
         self._wanted = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the request, or hands it on."""
+        """Refuses the request, or passes it on."""
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._wanted):

@@ -1,8 +1,8 @@
-"""KV events over ZeroMQ, as vLLM's `ZmqEventPublisher` sends them, for the same subscribers.
+"""KV events over ZeroMQ in the format of vLLM's `ZmqEventPublisher`, for the same subscribers.
 
 Each batch of events is a message of three frames on a PUB socket: the topic, a sequence number (8
-bytes, big endian, from 0 on) and a MessagePack `EventBatch`. A subscriber that misses a number asks
-a ROUTER socket for all batches from that number on.
+bytes, big endian, starting at 0) and a MessagePack `EventBatch`. A subscriber that missed a number
+asks a ROUTER socket for all batches from that number on.
 """
 
 import asyncio
@@ -19,34 +19,34 @@ from jax_kvpage.serving import AsyncEngine
 
 __all__ = ["EventPublisher", "publish_events"]
 
-_INTERVAL = 0.05  # seconds between two looks at the pool
-_POLL_MS = 100  # until the thread of replays sees that it has to end
-_LINGER_MS = 1000  # for the last batch to leave at the end
-_HIGH_WATER = 100_000  # messages that wait for a subscriber, as in vLLM
+_INTERVAL = 0.05  # seconds between polls of the pool
+_POLL_MS = 100  # interval at which the replay thread checks whether to end
+_LINGER_MS = 1000  # time for the last batch to be sent at the end
+_HIGH_WATER = 100_000  # the most messages queued for a subscriber, as in vLLM
 _END = (-1).to_bytes(8, "big", signed=True)  # the number that ends a replay
 
 _log = logging.getLogger(__name__)
 
 
 class EventPublisher:
-    """Publishes batches of events, and sends them again on request. A context manager.
+    """Publishes batches of events, and replays them on request. A context manager.
 
-    `publish` and `close` are for one thread; requests for replays are answered by another one.
+    `publish` and `close` must be called by one thread; another thread answers replay requests.
 
     Args:
-      endpoint: Where subscribers connect, such as "tcp://127.0.0.1:5557"; port 0 for any.
-      replay_endpoint: Where they ask for batches that they have missed; None for nowhere.
+      endpoint: The address for subscribers, such as "tcp://127.0.0.1:5557"; port 0 for any.
+      replay_endpoint: The address for replay requests; None for no replays.
       topic: First frame of all messages.
-      form: "map" for vLLM 0.32, "array" for older ones: how events are written (`events.encode`).
-        In the form "map", messages of a replay have the topic in front too.
-      num_batches: Batches kept for replays.
+      form: Encoding of events (`events.encode`): "map" for vLLM 0.32, "array" for older versions.
+        With "map", replayed messages begin with the topic too.
+      num_batches: Number of batches kept for replays.
 
     Attributes:
-      endpoint: The same, with the port that was chosen.
-      replay_endpoint: The same.
+      endpoint: The address, with the port that was chosen.
+      replay_endpoint: The same for replays.
 
     Raises:
-      OSError: An endpoint that is not valid, or in use.
+      OSError: An endpoint is not valid, or in use.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EventPublisher:
             self.endpoint = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
             self.replay_endpoint = None
             if replay_endpoint is not None:
-                # All of a replay fits, and its end.
+                # Large enough for a complete replay and its end marker.
                 replays = self._bind(zmq.ROUTER, replay_endpoint, num_batches + 1)
                 self.replay_endpoint = replays.getsockopt_string(zmq.LAST_ENDPOINT)
                 self._thread = threading.Thread(target=self._serve, args=(replays,), daemon=True)
@@ -87,15 +87,15 @@ class EventPublisher:
         self.close()
 
     def publish(self, events: Sequence[kv_events.Event]) -> None:
-        """Sends events as one batch. Subscribers that are too slow miss it."""
+        """Sends events as one batch. Subscribers that are too slow will miss it."""
         payload = kv_events.encode(events, form=self._form, data_parallel_rank=0)
         number, self._next = self._next, self._next + 1
-        with self._lock:  # kept before it is sent: who has seen it can ask for it
+        with self._lock:  # store it before it is sent, so that all receivers can ask for it
             self._kept.append((number, payload))
         self._publisher.send_multipart([self._topic, number.to_bytes(8, "big"), payload])
 
     def close(self) -> None:
-        """Ends the sockets."""
+        """Closes the sockets."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -111,7 +111,7 @@ class EventPublisher:
         return made
 
     def _serve(self, replays: "zmq.Socket[bytes]") -> None:
-        """Answers requests for replays: an empty frame and the first number wanted."""
+        """Answers replay requests: an empty frame and the first sequence number wanted."""
         while not self._closing.is_set():
             if not replays.poll(_POLL_MS):
                 continue

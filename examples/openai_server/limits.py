@@ -1,4 +1,4 @@
-"""What clients of the server may ask for."""
+"""Limits for clients of the server."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ class Limits:
     """Limits of the server.
 
     Attributes:
-      max_body_bytes: Size of a request's body.
-      max_requests: Requests in the server. One that is being received counts once, and each prompt
-        of a list counts from then on.
-      max_logprobs: Logprobs of a token.
-      seconds: From the first byte of a request's body to the last of its answer.
-      body_seconds: From the first byte of a request's body to its last.
+      max_body_bytes: The largest body of a request.
+      max_requests: The most requests in the server. A request that is being received counts once;
+        afterwards each prompt of a list counts.
+      max_logprobs: The most logprobs of a token.
+      seconds: Time from the start of receiving a request's body to the end of its response.
+      body_seconds: Time for receiving a request's body.
       priorities: Whether requests may set their priority.
     """
 

@@ -1,4 +1,4 @@
-"""A checkpoint becomes an engine and what the server must know of its model."""
+"""Loads a checkpoint into an engine, with a description of the model for the server."""
 
 import contextlib
 import dataclasses
@@ -27,17 +27,17 @@ class Options:
     """Sizes of an engine.
 
     Attributes:
-      max_num_seqs: Sequences at one time.
-      max_num_batched_tokens: Tokens in a step at most.
-      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
+      max_num_seqs: The most sequences at a time.
+      max_num_batched_tokens: The most tokens in a step.
+      max_seq_len: The most tokens of a sequence; None for the model's max_position_embeddings.
       capacity: Physical memory of the pool; None for half of what all slots could take.
-      block_tokens: Tokens in a block; None for a choice.
-      buckets: Shapes of steps; None for a choice.
-      max_logprobs: Of a token.
-      num_speculative_tokens: To guess by prompt lookup.
-      prefix_caching: Whether prompts start with what is in memory of their tokens.
-      store: Directory for what memory has no room for; None: there is none.
-      store_limit: The most that it may take.
+      block_tokens: Tokens in a block; None for the default.
+      buckets: Shapes of steps; None for the default.
+      max_logprobs: The most logprobs of a token.
+      num_speculative_tokens: Tokens to guess by prompt lookup.
+      prefix_caching: Whether prompts reuse cached prefixes.
+      store: Directory of the store for evicted prefixes and swapped sequences, or None.
+      store_limit: The most that the store may use.
     """
 
     max_num_seqs: int = 16
@@ -55,12 +55,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What `load` yields.
+    """A loaded model, yielded by `load`.
 
     Attributes:
-      engine: Not warmed up.
-      pool: Its memory.
-      model: For the server.
+      engine: The engine, not warmed up.
+      pool: The engine's pool.
+      model: The model's description for the server.
     """
 
     engine: Engine
@@ -74,11 +74,11 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
 
     Args:
       checkpoint: A Hugging Face model directory.
-      options: Sizes.
-      name: For requests; the directory's by default.
+      options: Sizes of the engine.
+      name: The model's name in requests; by default the directory's.
 
     Raises:
-      InputError: The checkpoint or the sizes cannot be served.
+      InputError: The checkpoint or the sizes are invalid or not supported.
     """
     try:
         config = load_config(checkpoint)
@@ -110,7 +110,7 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
             max_logprobs=options.max_logprobs,
             num_speculative_tokens=options.num_speculative_tokens,
             prefix_caching=options.prefix_caching,
-            # The same for all servers of a store, whose fingerprint tells models apart.
+            # The same for all servers that share a store; its fingerprint distinguishes models.
             namespace=None if store is None else "openai_server",
         )
         step, weights = model_step(model)

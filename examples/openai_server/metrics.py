@@ -1,4 +1,4 @@
-"""Metrics for Prometheus with vLLM's names and meanings, so that dashboards for vLLM show them."""
+"""Prometheus metrics with vLLM's names and meanings, so that dashboards for vLLM work."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -34,19 +34,18 @@ _WHOLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the engine and its pool say between two steps.
+    """The state of the engine and its pool between two steps.
 
     Attributes:
-      running: Requests that have memory.
-      waiting: Requests in the queue.
-      preemptions: Times that a request lost its memory.
-      usage: Part of the blocks that requests have, from 0 to 1. Blocks that only the prefix cache
+      running: Number of requests with memory.
+      waiting: Number of requests in the queue.
+      preemptions: Number of preemptions.
+      usage: Share of the blocks that requests have, from 0 to 1. Blocks that only the prefix cache
         keeps count as free.
-      queries: Tokens looked for in the prefix cache.
-      hits: Of these, tokens found.
-      store_queries: Of the tokens looked for, those that were not in memory before; None without a
-        store.
-      store_hits: Of these, tokens that were read from the store.
+      queries: Tokens looked up in the prefix cache.
+      hits: How many of these were found.
+      store_queries: Tokens looked up that were not already in memory; None without a store.
+      store_hits: How many of these were read from the store.
     """
 
     running: int
@@ -60,7 +59,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, engine: Engine, pool: jax_kvpage.KVPool) -> "Snapshot":
-        """Reads them; called between steps."""
+        """Takes a snapshot; must be called between steps."""
         counts, blocks = engine.stats, pool.stats()
         spills = pool.store is not None and pool.sharding is None  # over a mesh: no prefixes
         tiers = pool.spill_stats() if spills else None
@@ -83,7 +82,7 @@ class Metrics:
       model: Name of the served model, for the label.
 
     Attributes:
-      num_generated: Tokens generated so far.
+      num_generated: Number of tokens generated so far.
     """
 
     def __init__(self, model: str) -> None:
@@ -135,16 +134,16 @@ class Metrics:
         self._success.labels(*self._values, _REASONS.get(reason, reason)).inc()
 
     def render(self, snapshot: Snapshot) -> bytes:
-        """The text that Prometheus reads."""
+        """The metrics in Prometheus's text format."""
         self._engine.snapshot = snapshot
         return prometheus_client.generate_latest(self._registry)
 
 
 class Watch:
-    """Measures one request of the engine, from its outputs as they come.
+    """Measures one request of the engine from its outputs.
 
     Args:
-      metrics: Where it counts.
+      metrics: The metrics to update.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -153,7 +152,7 @@ class Watch:
         self._finished = False
 
     def see(self, output: RequestOutput) -> None:
-        """Counts what is new."""
+        """Counts what is new in an output."""
         metrics, times = self._metrics, output.metrics
         total = sum(len(each.token_ids) for each in output.outputs)
         metrics.generation_tokens.inc(total - self._tokens)
@@ -175,13 +174,13 @@ class Watch:
             metrics.ended(output.outputs[0].finish_reason or "error")
 
     def close(self) -> None:
-        """Counts a request that nobody follows any more."""
+        """Counts an unfinished request as cancelled."""
         if not self._finished:
             self._metrics.ended("cancelled")
 
 
 class _EngineCollector(Collector):
-    """Numbers that the engine keeps itself, as of the newest snapshot."""
+    """Metrics that the engine keeps itself, from the latest snapshot."""
 
     def __init__(self, values: tuple[str, str]) -> None:
         self._values = values

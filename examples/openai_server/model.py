@@ -1,4 +1,4 @@
-"""The served model, as far as the server sees it: its name, its tokenizer and its chat template."""
+"""The server's view of the model: its name, tokenizer and chat template."""
 
 import dataclasses
 import json
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model under a name.
+    """A served model.
 
     Attributes:
-      name: As requests have it.
-      tokenizer: Of the checkpoint.
-      vocab_size: Token ids lie below.
-      max_seq_len: Most tokens of a sequence, prompt and answer.
-      template: Of the checkpoint; None if it is not a chat model.
-      created: When, in Unix time.
+      name: Its name in requests.
+      tokenizer: The checkpoint's tokenizer.
+      vocab_size: Upper bound of token ids.
+      max_seq_len: The most tokens of a sequence, including the prompt.
+      template: The checkpoint's chat template; None if it is not a chat model.
+      created: Time of creation, in Unix time.
     """
 
     name: str
@@ -41,13 +41,13 @@ class ServedModel:
 
     @staticmethod
     def find_template(checkpoint: pathlib.Path) -> ChatTemplate | None:
-        """The chat template of a model directory.
+        """Finds the chat template of a model directory.
 
         Returns:
-          None for a model that has none, or several of which none is the default.
+          None for a model that has none, or that has several without a default.
 
         Raises:
-          TokenizerError: There is one, but it is not valid.
+          TokenizerError: The template is not valid.
         """
         if (checkpoint / "chat_template.jinja").is_file():
             return ChatTemplate(checkpoint)
@@ -70,10 +70,11 @@ class ServedModel:
         return ChatTemplate(checkpoint)
 
     def encode(self, call: Call) -> list[list[int]]:
-        """The token ids of a request's prompts. Any thread may call this.
+        """Encodes a request's prompts. Any thread may call this.
 
         Raises:
-          ApiError: Another model, no chat model, or prompts that it cannot take.
+          ApiError: The request is for another model, is a chat although this is not a chat model,
+            or has invalid prompts.
         """
         if call.model != self.name:
             raise ApiError(
@@ -95,14 +96,14 @@ class ServedModel:
         return prompts
 
     def echoes(self, call: Call) -> list[str]:
-        """Texts of the prompts for answers that begin with them; empty for other requests."""
+        """Texts of the prompts if the request has `echo`, else empty."""
         return [
             prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
             for prompt in (call.prompts if call.echo else ())
         ]
 
     def max_tokens(self, call: Call, ids: Sequence[int]) -> int:
-        """Tokens to produce at most; by default 16, in a chat all that there is room for."""
+        """The most tokens to generate; by default 16, in a chat as many as fit."""
         room = self.max_seq_len - len(ids)
         default = room if call.is_chat else min(16, room)
         return default if call.max_tokens is None else call.max_tokens
@@ -117,13 +118,13 @@ class ServedModel:
         try:
             return self.template.render(call.messages, **call.template_values)
         except TypeError as error:
-            # The template's variables are arguments of `render`, which has some names itself.
+            # The template's variables are keyword arguments of `render` and may clash with others.
             reason = "chat_template_kwargs: wanted other names than those of the messages"
             raise ApiError(reason, param="messages", code="invalid_value") from error
         except TokenizerError as error:
             cause = error.__cause__
-            # A template refuses messages by `raise_exception`, in words for the user. The texts of
-            # other errors show the file and the code of the template.
+            # Templates refuse messages by `raise_exception`, with a text for the user. The texts of
+            # other errors would reveal the file and code of the template.
             if type(cause) is jinja2.TemplateError:
                 reason = f"the chat template refuses the messages: {cause}"
             else:

@@ -1,4 +1,4 @@
-"""The server's life: uvicorn in an event loop, from the first request to a graceful end."""
+"""Runs the server: uvicorn in an event loop, up to a graceful shutdown."""
 
 import asyncio
 import contextlib
@@ -18,20 +18,20 @@ from .limits import Limits
 from .loading import Loaded
 from .service import Service
 
-if TYPE_CHECKING:  # it needs pyzmq, which other servers do without
+if TYPE_CHECKING:  # needs pyzmq, which is optional
     from .kv_events import EventPublisher
 
 __all__ = ["Started", "bind", "run"]
 
-_GRACE = 5.0  # seconds for the answers that tell clients of the end
+_GRACE = 5.0  # seconds to send clients errors about the shutdown
 
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-      port: Where it listens.
+      port: The port on which it listens.
       service: Runs the requests, in the server's event loop.
       stop: Ends the server; any thread may call it.
     """
@@ -42,14 +42,14 @@ class Started:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, which does not listen yet.
+    """Binds a socket to an address, without listening yet.
 
     Args:
-      host: Name or number.
-      port: 0 for any.
+      host: Host name or numeric address.
+      port: Port number; 0 for any.
 
     Raises:
-      OSError: There is no such address, or another process has the port.
+      OSError: There is no such address, or the port is in use.
     """
     (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -77,31 +77,31 @@ async def run(
 ) -> None:
     """Serves until SIGTERM, SIGINT or a call of `Started.stop`.
 
-    Then new requests are refused; those that run have `shutdown_seconds` to finish and are ended
-    after that. A second signal ends them at once.
+    Then new requests are refused; running ones have `shutdown_seconds` to finish and are ended
+    after that. A second signal ends them immediately.
 
     Args:
-      loaded: A model, warmed up.
-      limits: For clients.
+      loaded: A model with a warmed-up engine.
+      limits: Limits for clients.
       listener: From `bind`.
-      api_key: For clients of `/v1`.
-      host_names: Names of the server that the Host header may have. Those of localhost are always
-        allowed, and without others a server that is not on localhost checks nothing.
+      api_key: The key for clients of `/v1`.
+      host_names: Names allowed in the Host header, in addition to those of localhost. Without any,
+        a server that is not on localhost does not check the header.
       publisher: Gets the events of the prefix cache; the caller closes it.
-      shutdown_seconds: For requests that run at the end.
-      on_start: Called when it listens.
+      shutdown_seconds: Time for running requests to finish at shutdown.
+      on_start: Called when the server listens.
     """
     async with AsyncEngine(loaded.engine) as engine:
         service = Service(engine, loaded.pool, loaded.model, limits)
         config = uvicorn.Config(
             make_app(service, api_key, allowed_hosts(listener.getsockname()[0], host_names)),
             lifespan="off",
-            http="h11",  # which limits headers
+            http="h11",  # limits the size of headers
             ws="none",
             log_config=None,
             log_level="warning",
             server_header=False,
-            # Beyond this many connections uvicorn answers 503 itself.
+            # With more connections than this, uvicorn answers 503 itself.
             limit_concurrency=2 * limits.max_requests + 64,
             timeout_graceful_shutdown=int(shutdown_seconds + _GRACE) + 1,
         )
@@ -132,7 +132,7 @@ async def run(
 async def _publishing(
     engine: AsyncEngine, loaded: Loaded, publisher: Optional["EventPublisher"]
 ) -> AsyncIterator[None]:
-    """Publishes events meanwhile."""
+    """Publishes events inside the `async with` block."""
     if publisher is None:
         yield
         return
@@ -148,17 +148,17 @@ async def _publishing(
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `run`: uvicorn would end the process by the signal, not with status 0."""
+    """Leaves signals to `run`, because uvicorn would exit with the signal instead of status 0."""
 
     on_start: Callable[[], None]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Changes no signal handlers."""
+        """Does not change signal handlers."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, and says so."""
+        """Starts listening, and calls `on_start`."""
         await super().startup(sockets)
         self.on_start()
 

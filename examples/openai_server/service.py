@@ -1,4 +1,4 @@
-"""Requests of HTTP on the engine: how many at a time, for how long, and what happens at the end."""
+"""Runs HTTP requests on the engine, with limits on their number and time, and at shutdown."""
 
 import asyncio
 import concurrent.futures
@@ -24,15 +24,15 @@ _T = TypeVar("_T")
 # Called with the number of a prompt and its output so far.
 OnOutput = Callable[[int, RequestOutput], Awaitable[None]]
 
-_ANSWER_SECONDS = 10.0  # for the engine to say how it is
-_NUM_THREADS = 2  # that parse, render and tokenize
+_ANSWER_SECONDS = 10.0  # time for the engine to answer an inspection
+_NUM_THREADS = 2  # threads that parse, render and tokenize
 
 
 class Place:
-    """A request's place in the server, which counts as one request of the engine or more.
+    """A request's place in the server, which counts as one or more requests of the engine.
 
     Attributes:
-      count: As how many it counts.
+      count: The number of requests that it counts as.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,15 @@ class Service:
     """Runs requests on an engine.
 
     Args:
-      engine: Warmed up; the caller closes it.
-      pool: Its memory.
-      model: What it runs.
-      limits: For clients.
+      engine: The engine, warmed up; the caller closes it.
+      pool: The engine's pool.
+      model: The served model.
+      limits: Limits for clients.
 
     Attributes:
-      model: What it runs.
-      limits: For clients.
-      metrics: Of all requests.
+      model: The served model.
+      limits: Limits for clients.
+      metrics: Metrics of all requests.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Service:
         self.metrics = Metrics(model.name)
         self._engine = engine
         self._pool = pool
-        self._active = 0  # requests, as they count
+        self._active = 0  # sum of the counts of all places
         self._scopes: set[asyncio.Timeout] = set()
         self._stopping = self._ending = False
         self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "requests")
@@ -72,17 +72,17 @@ class Service:
         self._stopping = True
 
     def end(self) -> None:
-        """Ends the requests that run."""
+        """Ends all running requests."""
         self._stopping = self._ending = True
         for scope in self._scopes:
             scope.reschedule(asyncio.get_running_loop().time())
 
     @contextlib.asynccontextmanager
     async def limited(self) -> AsyncIterator[Place]:
-        """The time of one request, and its place among the others.
+        """Limits the time of one request, and yields its place among the others.
 
         Raises:
-          ApiError: There are too many requests, the time is over, or the server is shutting down.
+          ApiError: There are too many requests, the time is up, or the server is shutting down.
         """
         if self._stopping:
             raise stopping()
@@ -96,10 +96,10 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
-        """The time in which a body has to arrive.
+        """Limits the time for receiving a body.
 
         Raises:
-          ApiError: It is over.
+          ApiError: The time is up.
         """
         if self.limits.body_seconds >= self.limits.seconds:
             yield
@@ -135,33 +135,33 @@ class Service:
         place.count = new
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """Runs a part of a request that takes long on large bodies.
+        """Runs a part of a request that is slow for large bodies, outside the event loop.
 
-        Few threads do this; other requests wait for them, and the event loop does not.
+        There are few threads for this; other requests wait for them.
 
         Args:
-          work: What to call. What it raises is raised.
+          work: The function to call. Its exceptions are raised here.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
-        """Ends the threads. No request may run any more."""
+        """Ends the threads. No requests may be running."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(
         self, place: Place, call: Call, prompts: list[list[int]], on_output: OnOutput
     ) -> None:
-        """Runs a request; each of its prompts is one of the engine's.
+        """Runs a request; each of its prompts is a request of the engine.
 
         Args:
           place: From `limited`.
           call: The request.
-          prompts: Token ids.
-          on_output: Called with every output that has more tokens. While it runs, outputs of the
-            same prompt are not kept: the next one has everything.
+          prompts: Token ids of the prompts.
+          on_output: Called when an output has more tokens. Outputs of the same prompt that arrive
+            during a call are skipped: the next one includes them.
 
         Raises:
-          ApiError: The request cannot run, or there are too many, or it has failed.
+          ApiError: The request is invalid or has failed, or there are too many.
         """
         count, most = len(prompts), self.limits.max_requests
         if count > most:
@@ -204,10 +204,10 @@ class Service:
             raise
 
     async def snapshot(self) -> Snapshot:
-        """How the engine is.
+        """The state of the engine.
 
         Raises:
-          ApiError: It does not answer.
+          ApiError: The engine does not answer.
         """
         return await self.inspect(Snapshot.of)
 
@@ -215,7 +215,7 @@ class Service:
         """Calls a short function with the engine and its pool between two steps.
 
         Raises:
-          ApiError: It does not answer.
+          ApiError: The engine does not answer.
         """
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
@@ -225,14 +225,14 @@ class Service:
             raise ApiError("the engine has stopped", status=503) from error
 
     async def check_health(self) -> None:
-        """Raises an ApiError if the server takes no requests."""
+        """Raises an ApiError if the server does not accept requests."""
         if self._stopping:
             raise stopping()
         await self.snapshot()
 
 
 def _check(output: RequestOutput) -> None:
-    """Raises for a request that the engine ended before its time."""
+    """Raises an ApiError if the engine ended a request early."""
     reasons = {each.finish_reason for each in output.outputs}
     if "error" in reasons:
         _log.error("a request has failed: %s", output.error)  # for the operator, not for clients
@@ -242,6 +242,6 @@ def _check(output: RequestOutput) -> None:
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One of the errors of a group; they are the same for all prompts, or follow from one."""
+    """The first error of a group: either all prompts have the same one, or it caused the others."""
     first = errors.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first

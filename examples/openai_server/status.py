@@ -1,4 +1,4 @@
-"""The page at `/` and the JSON that it polls. Neither shows anything of prompts or answers."""
+"""The page at `/` and the JSON that it polls. Neither shows the contents of prompts or answers."""
 
 import pathlib
 import time
@@ -16,7 +16,7 @@ __all__ = ["status_routes"]
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
 _HEADERS = {
-    # The page is one file, and gets its data from here.
+    # The page is one file, and gets its data from this server.
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -27,7 +27,7 @@ def status_routes(service: Service) -> list[Route]:
     """The routes of the page.
 
     Args:
-      service: Whose engine it shows.
+      service: The service whose engine the page shows.
     """
 
     async def page(request: Request) -> Response:
@@ -59,7 +59,7 @@ def status_routes(service: Service) -> list[Route]:
 
 
 def _requests(engine: Engine, block_tokens: int) -> list[dict[str, Any]]:
-    """Tokens and blocks of each running request, over its sequences."""
+    """Tokens and blocks of each running request, summed over its sequences."""
     found: dict[object, dict[str, Any]] = {}
     for each in engine.memory():
         name = each.request_id

@@ -18,11 +18,11 @@ COPY_BYTES = 2**30
 
 
 class Contender(abc.ABC):
-    """One system under test. Importing its module fails when the system is not installed.
+    """A system under test. Importing its module fails if the system is not installed.
 
     Attributes:
-        variants: the first runs on all shapes that it supports, the others on the core ones.
-        everywhere: further variants that run on all shapes.
+        variants: the first one runs on all shapes that it supports, the others on core shapes.
+        everywhere: other variants that run on all shapes.
     """
 
     variants: ClassVar[tuple[str, ...]] = ("",)
@@ -33,11 +33,11 @@ class Contender(abc.ABC):
 
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
-        """Packages and settings needed to repeat the measurement."""
+        """Versions and settings needed to repeat the measurement."""
 
     @abc.abstractmethod
     def copy_bandwidth(self) -> float:
-        """Bytes read plus written a second by a large copy on the device."""
+        """Bytes read plus written per second by a large copy on the device."""
 
     def unsupported(self, case: Case, variant: str) -> str | None:
         """Why this case cannot be run, or None."""
@@ -56,7 +56,7 @@ class Contender(abc.ABC):
         Args:
             case: what to attend over.
             variant: one of `variants`.
-            data: keys, values and queries; None: random ones, made on the device.
+            data: keys, values and queries; None: random ones, generated on the device.
         """
 
 
@@ -74,7 +74,7 @@ def queries(case: Case, data: Data | None) -> np.ndarray:
 
 
 class JaxContender(Contender):
-    """Runs `layers` calls in one program, each on the output of the one before."""
+    """Runs several calls in one program, each on the output of the previous one."""
 
     def versions(self) -> dict[str, str]:
         """Versions of JAX and the XLA flags."""
@@ -92,7 +92,7 @@ class JaxContender(Contender):
         }
 
     def copy_bandwidth(self) -> float:
-        """A jitted copy of 1 GiB."""
+        """Measures a jitted copy of 1 GiB."""
         import jax
         import jax.numpy as jnp
 
@@ -108,7 +108,7 @@ class JaxContender(Contender):
         return copy_bandwidth(run, lambda: jax.block_until_ready(last[0]), size)
 
     def random(self, key: int, shape: tuple[int, ...]) -> Any:
-        """Normal deviates in bfloat16, made on the device."""
+        """Normally distributed values in bfloat16, generated on the device."""
         import jax
         import jax.numpy as jnp
 
@@ -122,7 +122,7 @@ class JaxContender(Contender):
         notes: dict[str, Any] | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> Ready:
-        """A `Ready` around `call(q, first copy, copies)`, which returns an array like q."""
+        """Makes a `Ready` for `call(q, first copy, copies)`, which returns an array like q."""
         import jax
 
         step = min(case.copies, LAYERS_PER_PROGRAM)

@@ -1,5 +1,5 @@
-"""cuDNN's paged attention through JAX's wrapper. The wrapper is private (`jax._src`): in versions
-of JAX that have moved it, this contender is absent.
+"""cuDNN's paged attention through JAX's wrapper. The wrapper is private (`jax._src`), so this
+contender is absent in versions of JAX that have moved it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def _attend(
 
 
 class JaxCudnnPaged(JaxContender):
-    """Pages of 64 tokens, for decoding. The wrapper wants as many pages for each sequence as the
-    longest one needs.
+    """Pages of 64 tokens, for decode. The wrapper needs the same number of pages for every
+    sequence, that of the longest one.
     """
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Decodes only: its causal mask counts from the first token."""
+        """Supports decode only: its causal mask counts from the first token."""
         del variant
         return None if case.section == "decode" else "measured for decoding"
 

@@ -1,4 +1,4 @@
-"""`jax.nn.dot_product_attention` over a static cache: every sequence has the longest one's room."""
+"""`jax.nn.dot_product_attention` over a static cache with room for the longest sequence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class JaxDense(JaxContender):
     variants = ("cudnn", "xla")
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Decodes, or whole prompts of one length."""
+        """Supports decode, and full prompts of equal length."""
         if case.section == "prefill" and variant == "xla" and case.tokens > 4096:
             return "it writes out all scores"
         if case.section == "decode" or (case.new == case.contexts and is_full(case)):
@@ -47,7 +47,7 @@ class JaxDense(JaxContender):
         return "a batch is rectangular"
 
     def prepare(self, case: Case, variant: str, data: Data | None) -> Ready:
-        """`[batch, longest, kv_heads, dim]`; lengths only where they differ."""
+        """`[batch, longest, kv_heads, dim]`; passes lengths only if they differ."""
         shape = (len(case.contexts), max(case.contexts), case.kv_heads, case.dim)
         layers = [
             tuple(self.random(2 * copy + i, shape) for i in (0, 1)) for copy in range(case.copies)

@@ -18,15 +18,15 @@ from contenders.base import JaxContender, queries
 
 __all__ = ["CONTENDER"]
 
-# Quantized storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
-# speeds compare as times do: twice the bandwidth is half the time.
+# Quantized storage with bfloat16 queries. Bytes are counted as for bfloat16, so that speeds are
+# comparable: twice the bandwidth is half the time.
 _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _PAGE = 64
 
 
 @functools.cache
 def _scalar(value: int) -> jax.Array:
-    """On the device once: a transfer in each call would take longer than small batches do."""
+    """A cached device scalar: a transfer in each call would take longer than small batches."""
     return jnp.int32(value)
 
 
@@ -75,10 +75,10 @@ def _advance(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
 
 
 class KVPage(JaxContender):
-    """Variants: how blocks are laid out and found, what a program calls, what is stored.
+    """The variants differ in layout and addressing of blocks, in the ops called, and in storage.
 
-    "table" and "table_per_layer" go through the pool's own block table, "tables" through one over
-    plain arrays of pages.
+    "table" and "table_per_layer" use the pool's block table, "tables" uses a block table over plain
+    arrays of pages.
     """
 
     variants = (
@@ -88,7 +88,7 @@ class KVPage(JaxContender):
     everywhere = ("per_layer",)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Some variants make sense for decoding only."""
+        """Some variants are for decode only."""
         if case.section != "decode" and variant in ("scattered", "update"):
             return "a variant of decoding"
         return None
@@ -151,7 +151,7 @@ class KVPage(JaxContender):
         return self.ready(case, call, q, notes, close)
 
     def _new(self, case: Case, data: Data | None) -> jax.Array:
-        """Keys (and values) that `update` writes; its results are those of other data."""
+        """Keys (and values) that `update` writes; its results are therefore those of other data."""
         del data
         return self.random(12345, (case.tokens, case.kv_heads, case.dim))
 

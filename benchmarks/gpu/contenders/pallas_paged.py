@@ -51,21 +51,21 @@ def _attend(
 
 
 class PallasPaged(JaxContender):
-    """Pages of 16 tokens; variants are its setting that matters most, the number of splits. The
-    first is its default, the others run on the core shapes.
+    """Pages of 16 tokens. The variants are values of its most important setting, the number of
+    splits; the first one is the default.
     """
 
     variants = tuple(_SPLITS)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Decode only."""
+        """Supports decode only."""
         del variant
         return None if case.section == "decode" else "it decodes only"
 
     def prepare(self, case: Case, variant: str, data: Data | None) -> Ready:
         """Pages `[kv_heads, pages, 16, dim]` in random order."""
         splits = _SPLITS[variant]
-        # In every split the table's width is a multiple of the pages that one program reads.
+        # In every split, the width of the table is a multiple of the pages that one program reads.
         unit = splits * _PAGES_AT_ONCE
         width = -(-max(case.contexts) // (_PAGE * unit)) * unit
         used = [-(-n // _PAGE) for n in case.contexts]
@@ -86,7 +86,7 @@ class PallasPaged(JaxContender):
                     pages = np.pad(values, pads).reshape(count, _PAGE, case.kv_heads, case.dim)
                     pair[which][:, tables[s, :count]] = pages.transpose(2, 0, 1, 3)
             layers[0] = tuple(jnp.asarray(x, jnp.bfloat16) for x in pair)
-        # The kernel applies no scale.
+        # The kernel does not scale.
         q = jnp.asarray(queries(case, data) * case.dim**-0.5, jnp.bfloat16)
         operands = jnp.asarray(tables), jnp.asarray(case.contexts, jnp.int32)
         interpret = self.platform == "cpu"

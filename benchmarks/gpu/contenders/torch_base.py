@@ -1,5 +1,5 @@
 """Base of the contenders written in torch: a cycle is captured once as a CUDA graph and replayed,
-so that no figure contains the cost of Python.
+so that times do not include Python.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TorchContender(Contender):
             torch.cuda.synchronize()
 
     def copy_bandwidth(self) -> float:
-        """A device-to-device copy of 1 GiB."""
+        """Measures a device-to-device copy of 1 GiB."""
         size = COPY_BYTES if self.platform == "cuda" else 2**22
         source = torch.randint(-100, 100, (size,), dtype=torch.int8, device=self.platform)
         target = torch.empty_like(source)
@@ -48,7 +48,7 @@ class TorchContender(Contender):
         return copy_bandwidth(run, self.wait, size)
 
     def random(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Normal deviates in bfloat16, made on the device."""
+        """Normally distributed values in bfloat16, generated on the device."""
         return torch.randn(shape, dtype=torch.bfloat16, device=self.platform)
 
     def tensor(self, x: np.ndarray) -> torch.Tensor:
@@ -66,7 +66,7 @@ class TorchContender(Contender):
         output: Callable[[torch.Tensor], torch.Tensor],
         notes: dict[str, Any] | None = None,
     ) -> Ready:
-        """A `Ready` around `attend(copy)`; `output` makes `[tokens, q_heads, dim]` of a result."""
+        """Makes a `Ready` for `attend(copy)`; `output` converts to `[tokens, q_heads, dim]`."""
 
         def cycle() -> None:
             with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""torch's scaled_dot_product_attention over dense batches, heads in front, one backend a variant.
+"""torch's scaled_dot_product_attention over dense head-major batches, with a backend per variant.
 
-For decoding the query heads of a group are the rows of one small matrix, which is the fastest way
-to have them share keys and values. Batches whose lengths differ need a mask, which the flash and
-cuDNN backends reject or run slowly: they are measured where all lengths are equal.
+For decode, the query heads of a group are the rows of one small matrix, which is the fastest way to
+share keys and values among them. Batches with different lengths need a mask, which the flash and
+cuDNN backends reject or run slowly, so they are only measured with equal lengths.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TorchSdpa(TorchContender):
     everywhere = ("cudnn",)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """Dense batches; with a mask those of unequal length too."""
+        """Supports dense batches; with a mask, also those with different lengths."""
         full = is_full(case)
         if case.section != "decode" and (case.new != case.contexts or not full):
             return "a batch is rectangular"

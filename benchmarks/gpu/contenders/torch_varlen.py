@@ -17,14 +17,14 @@ from contenders.torch_base import TorchContender
 
 __all__ = ["CONTENDER"]
 
-# FlashAttention 2 takes pages of a multiple of 256 tokens.
+# FlashAttention 2 needs pages of a multiple of 256 tokens.
 _PAGE = 256
-# Parameters of this torch version's function: they differ between versions.
+# Parameters of the function, which differ between versions of torch.
 _TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class TorchVarlen(TorchContender):
-    """Any ragged batch; causality is aligned to the end of each sequence."""
+    """Supports any ragged batch; the causal mask is aligned to the end of each sequence."""
 
     variants = ("packed", "paged")
     everywhere = ("paged",)
