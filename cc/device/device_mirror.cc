@@ -180,7 +180,7 @@ Status DeviceMirror::OpenTable(char* window, const BlockTable* table) {
   image_->table_layer_stride = copy->layer_stride();
   if (entry_ >= 0) {
     const Status status =
-        device_->Transfer({FieldCopy(&DevicePool::table_layer_stride), FieldCopy(&DevicePool::table_view)});
+        PublishPointer(&DevicePool::table_view, &KVView::table, {FieldCopy(&DevicePool::table_layer_stride)});
     if (!status.ok()) {
       // Whatever has arrived must not be used, because the memory is freed.
       image_->table_view = {};
@@ -198,13 +198,11 @@ Status DeviceMirror::ExtendRun(std::int32_t slot, std::int64_t begin, const std:
     std::unique_ptr<RunMirror> runs;
     KVPAGE_RETURN_IF_ERROR(RunMirror::Make(device_.get(), geometry_, &runs));
     image_->runs = runs->View();
-    // Width and counts come before the blocks, whose pointer tells kernels that there are runs. Even if the copy fails,
-    // kernels may see part of it.
-    runs_ = std::move(runs);
+    runs_ = std::move(runs);  // even if the copy fails, kernels may see part of it
     runs_told_ = false;
   }
   if (!runs_told_) {
-    KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::runs)}));
+    KVPAGE_RETURN_IF_ERROR(PublishPointer(&DevicePool::runs, &DeviceRuns::blocks, {}));
     runs_told_ = true;
   }
   return runs_->Extend(slot, begin, blocks, count);

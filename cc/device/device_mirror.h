@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/device_table.h"
@@ -67,6 +68,22 @@ class DeviceMirror final : public Mirror {
   template <class T>
   Copy FieldCopy(T DevicePool::* field) {
     return {Copy::kToDevice, device_->Field(entry_, field), &(image_->*field), sizeof(T)};
+  }
+  // Copies a struct that kernels use once a pointer in it is set: everything else first, with `before`, because kernels
+  // run meanwhile and a copy of several words may arrive in pieces.
+  template <class Struct, class Pointer>
+  Status PublishPointer(Struct DevicePool::* field, Pointer Struct::* pointer, std::vector<Copy> before) {
+    Pointer& place = image_->*field.*pointer;
+    const Pointer value = std::exchange(place, nullptr);
+    Copy copy = FieldCopy(field);
+    before.push_back(copy);
+    const Status status = device_->Transfer(before);
+    place = value;
+    if (!status.ok()) return status;
+    copy.device += static_cast<cu::DevicePtr>(reinterpret_cast<char*>(&place) - static_cast<char*>(copy.host));
+    copy.host = &place;
+    copy.bytes = sizeof(place);
+    return device_->Transfer({copy});
   }
   Copy SlotsCopy(Copy::Kind kind) { return {kind, slots_address(), slots_, geometry_.max_slots * sizeof(DeviceSlot)}; }
   Copy WrittenCopy(Copy::Kind kind) {

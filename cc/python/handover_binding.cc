@@ -38,7 +38,7 @@ void BindHandover(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_static("receive", &Receive, "descriptors"_a)
       .def_prop_ro("closed", [](const HandoverReference& h) { return h.handover == nullptr; })
       .def("close", [](HandoverReference& h) { h.handover = nullptr; })
-      // An error if it is closed.
+      // Must not be called on a closed hand-over; the same for the properties.
       .def("filenos", &Filenos)
       .def_prop_ro("token_ids", [](const HandoverReference& h) { return h.handover->header.ids; })
       .def_prop_ro("num_tokens", [](const HandoverReference& h) { return h.handover->header.tokens; })

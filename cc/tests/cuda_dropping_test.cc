@@ -157,7 +157,7 @@ TEST(CudaDroppingTest, WindowsThatShowTheHoleAreRefused) {
     }
   }
   EXPECT_EQ(read.Run(DeviceOp::kAppendKV, 0), "") << "it reads nothing";
-  EXPECT_NE(read.Run(DeviceOp::kAppendKV, 0, 47).find("position 47 on wanted"), std::string::npos);
+  EXPECT_NE(read.Run(DeviceOp::kAppendKV, 0, 47).find("position 47 on are needed"), std::string::npos);
 }
 
 }  // namespace

@@ -187,11 +187,11 @@ bool Has(const std::string& text, const char* part) { return text.find(part) != 
 
 TEST(CudaEmulationTest, MistakesEndInAMessage) {
   const std::string returns = MessageOf<ReturnsKernel>();
-  EXPECT_TRUE(Has(returns, "in vain") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads"))
+  EXPECT_TRUE(Has(returns, "wait for each other") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads"))
       << returns;
   const std::string places = MessageOf<TwoPlacesKernel>();
-  EXPECT_TRUE(Has(places, "in vain") && Has(places, "cuda_emulation_test.cc:")) << places;
-  EXPECT_TRUE(Has(MessageOf<MaskKernel>(), "in vain")) << MessageOf<MaskKernel>();
+  EXPECT_TRUE(Has(places, "wait for each other") && Has(places, "cuda_emulation_test.cc:")) << places;
+  EXPECT_TRUE(Has(MessageOf<MaskKernel>(), "wait for each other")) << MessageOf<MaskKernel>();
   EXPECT_TRUE(Has(MessageOf<AbsentKernel>(), "__syncwarp")) << MessageOf<AbsentKernel>();
   EXPECT_TRUE(Has(MessageOf<StaticSharedKernel>(), "static shared memory")) << MessageOf<StaticSharedKernel>();
   EXPECT_TRUE(Has(MessageOf<SpinKernel>(), "polls in __nanosleep")) << MessageOf<SpinKernel>();

@@ -273,7 +273,7 @@ TEST(DeviceGenerationTest, DroppingChecksTheCacheBeforeItUnmaps) {
   };
   refused(drop(32, 1, program.epoch() - 1), "drop_before: stale cache");
   refused(drop(32, 2, program.epoch()), "drop_before: stale cache");
-  refused(drop(48, 1, program.epoch()), "but it has 40");
+  refused(drop(48, 1, program.epoch()), "it has 40");
 
   const cu::Stream other = machine.NewStream();
   program.set_stream(other);

@@ -86,6 +86,20 @@ TEST_F(DeviceRunsTest, AForkThatIsNotTold) {
   }
 }
 
+// Kernels that run meanwhile must never find the blocks without their counts.
+TEST_F(DeviceRunsTest, ThePointerToTheBlocksArrivesLast) {
+  bool counts_alone = false;
+  for (int call = 1; call <= 6 && entry().runs.blocks == nullptr; ++call) {
+    machine_.fake().FailAt(cu::Call::kMemcpyHtoDAsync, call, cu::Result::kUnknown, 100);
+    static_cast<void>(pool_->Fork("fork", {{donor_, 64}}, {}));
+    machine_.fake().ClearFaults();
+    const DeviceRuns& runs = entry().runs;
+    counts_alone |= runs.blocks == nullptr && runs.counts != nullptr && runs.width > 0;
+  }
+  EXPECT_TRUE(counts_alone);
+  EXPECT_NE(entry().runs.blocks, nullptr);
+}
+
 TEST_F(DeviceRunsTest, ALongerForkExtendsTheRun) {
   const std::int32_t a = Fork(donor_, 40), b = Fork(donor_, 64);
   const Blocks all = Run(b);

@@ -112,9 +112,9 @@ TEST_P(DroppingTest, ReadersNeedAWindowBehindTheHole) {
   // The last token is at position 69.
   EXPECT_OK(d.Read(d.slot, 1));
   EXPECT_OK(d.Read(d.slot, 22));
-  EXPECT_TRUE(Mentions(d.Read(d.slot, 23), "position 47 on wanted"));
-  EXPECT_TRUE(Mentions(d.Read(d.slot, 70), "position 0 on wanted"));
-  EXPECT_TRUE(Mentions(d.Read(d.slot, -1), "position 0 on wanted"));
+  EXPECT_TRUE(Mentions(d.Read(d.slot, 23), "position 47 on are needed"));
+  EXPECT_TRUE(Mentions(d.Read(d.slot, 70), "position 0 on are needed"));
+  EXPECT_TRUE(Mentions(d.Read(d.slot, -1), "position 0 on are needed"));
   EXPECT_TRUE(Mentions(d.program->SetLength(d.slot, 47), "below 48 were dropped"));
   EXPECT_OK(d.program->SetLength(d.slot, 60));
   EXPECT_TRUE(Mentions(d.pool->Truncate({d.slot}, {47}).status, "below 48 were dropped"));
@@ -203,7 +203,7 @@ TEST_P(DroppingTest, AllOrNothing) {
     EXPECT_EQ(RowOf(d.pool.get(), d.slot).dropped, 0);
     return status;
   };
-  EXPECT_TRUE(Mentions(refused({d.slot, other}, {40, 33}), "but it has 32"));
+  EXPECT_TRUE(Mentions(refused({d.slot, other}, {40, 33}), "it has 32"));
   EXPECT_TRUE(Mentions(refused({d.slot, d.slot}, {40, 40}), "named twice"));
   EXPECT_TRUE(Mentions(refused({d.slot, kSlots}, {40, 0}), "does not exist"));
   EXPECT_TRUE(Mentions(refused({d.slot, 3}, {40, 0}), "free: acquire it first"));

@@ -61,7 +61,7 @@ TEST_P(SharingTest, ABlockHasOneWriter) {
   Family f(GetParam(), 40);
   const std::int32_t fork = f.program->Fork(f.donor);
   for (const std::int32_t slot : {fork, f.donor}) {
-    EXPECT_TRUE(Mentions(f.program->SetLength(slot, 31), "ends at 32"));
+    EXPECT_TRUE(Mentions(f.program->SetLength(slot, 31), "tokens below 32 are shared"));
     std::vector<std::int32_t> lengths(kSlots, 40);
     lengths[slot] = 31;  // a program that changes the cache's lengths
     CacheRef cache = f.program->cache();
@@ -69,7 +69,7 @@ TEST_P(SharingTest, ABlockHasOneWriter) {
     const std::int32_t offsets[] = {0, 1};
     PinnedSlots pinned;
     const Status status = f.pool->Begin("append_kv", cache, {&slot, 1, offsets, 1}, 0, true, &pinned);
-    EXPECT_TRUE(Mentions(status, "ends at 32")) << status.message();
+    EXPECT_TRUE(Mentions(status, "tokens below 32 are shared")) << status.message();
   }
 }
 

@@ -73,6 +73,8 @@ __device__ inline DevicePool* EnterForRuns(const CacheArgs& cache, const Attenti
   runs->run_cuts = entry.run_cuts;
   __threadfence();  // the check sees any cut made after this
   runs->blocks = entry.runs.blocks;
+  if (runs->blocks == nullptr) return pool;
+  __threadfence();  // the host copies this pointer after the counts and the width
   runs->counts = entry.runs.counts;
   runs->width = entry.runs.width;
   return pool;

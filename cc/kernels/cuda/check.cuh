@@ -35,10 +35,15 @@ struct BatchCheckArgs {
 // Called by one thread: copies the view of a layer that the following kernels use.
 __device__ inline void CopyView(bool by_table, std::int32_t layer, Checker* checker, KVView* view) {
   const DevicePool* const pool = checker->pool();
-  *view = by_table ? pool->table_view : pool->view;
-  if (!by_table) return;
-  if (pool->table_view.table == nullptr) checker->Note(Stage::kHead, 15, FaultKind::kNoTable);
-  view->table += layer * pool->table_layer_stride;
+  if (!by_table) {
+    *view = pool->view;
+    return;
+  }
+  const std::int32_t* const table = static_cast<const volatile DevicePool*>(pool)->table_view.table;
+  if (table == nullptr) checker->Note(Stage::kHead, 15, FaultKind::kNoTable);
+  __threadfence();  // the host copies the table's pointer after everything else
+  *view = pool->table_view;
+  view->table = table + layer * pool->table_layer_stride;
 }
 
 // Runs the check with all threads of one block; returns false if it fails. On return, all threads of the block can read

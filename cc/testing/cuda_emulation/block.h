@@ -1,4 +1,4 @@
-// The block that the emulated device runs: its threads, and what they wait for. Shared by the scheduler (emulator.cc)
+// The block that the emulated device runs: its threads, and what they wait for. Shared by the scheduler (scheduler.cc)
 // and the functions that threads call to wait for each other (collectives.cc).
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_BLOCK_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_BLOCK_H_
