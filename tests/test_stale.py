@@ -177,7 +177,7 @@ def test_closed_pool() -> None:
     ):
         with pytest.raises(kvp.PoolClosed, match="closed"):
             call()
-    fails("pool.*closed.*after its programs", lambda: append(cache, batch))
+    fails("pool.*closed.*when the results of its programs are ready", lambda: append(cache, batch))
     fails("pool.*closed", lambda: kvp.advance(cache, batch))
 
 

@@ -58,9 +58,9 @@ def test_nothing_is_ready_by_itself(store, make_pool, layout: str) -> None:
         rig.swap_in(swapped, wait=False)
     rig.swap_in(swapped)
     rig.check()
-    with pytest.raises(kvp.KVPageError, match="was swapped in or dropped"):
+    with pytest.raises(kvp.KVPageError, match="was already swapped in or dropped"):
         rig.pool.swap_in(rig.cache, swapped)
-    with pytest.raises(kvp.KVPageError, match="was swapped in or dropped"):
+    with pytest.raises(kvp.KVPageError, match="was already swapped in or dropped"):
         rig.pool.prefetch(swapped)
 
 
