@@ -22,6 +22,7 @@ from jax_kvpage._cuda import place_of
 from jax_kvpage._inspection import Inspection
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
+from jax_kvpage._store_checks import check_store
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault
 from jax_kvpage.handover import HandoverCalls
@@ -29,7 +30,7 @@ from jax_kvpage.host_store import HostStore
 from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
-from jax_kvpage.saving import SavingCalls, check_store
+from jax_kvpage.saving import SavingCalls
 from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.opening import over_mesh
 from jax_kvpage.sharding.over_axis import AxisSharding

@@ -8,16 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_kvpage._arrays import token_ids_of
-from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import NativePool
-from jax_kvpage.errors import KVPageError
 from jax_kvpage.host_store import HostStore
 from jax_kvpage.prefix import namespace_key
 from jax_kvpage.sharding.over_axis import AxisSharding
-from jax_kvpage.spilling import as_share
 from jax_kvpage.store import BlockStore
 
-__all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls", "check_store"]
+__all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls"]
 
 
 class SavedPrefixes(NamedTuple):
@@ -132,33 +129,6 @@ class SavingCalls:
         with _opened("load_prefixes", store, self, fingerprint) as opened:
             loaded = self._native.call(self._pool.load_prefixes, opened)
         return LoadedPrefixes(loaded.tokens, loaded.present, loaded.no_room, loaded.lost)
-
-
-def check_store(store: Any, place: Place, write_ahead: Any) -> float:
-    """Checks the store of a new pool; returns the share of the capacity to write ahead.
-
-    Raises:
-        ValueError: not a store, or an invalid share.
-        KVPageError: a store for another platform.
-        PoolClosed: the store is closed.
-    """
-    ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
-    if store is None:
-        return ahead
-    if not isinstance(store, (BlockStore, HostStore)):
-        raise ValueError(f"KVPool: store: wanted a BlockStore, a HostStore or None, got {store!r}")
-    if isinstance(store, BlockStore) and place.backend != "cpu":
-        raise KVPageError(
-            "KVPool: store: a BlockStore lies below pools on CPU only: give a pool on a GPU a "
-            "HostStore, or none"
-        )
-    if isinstance(store, HostStore) and place.backend == "cpu":
-        raise KVPageError(
-            "KVPool: store: a HostStore lies below pools on a GPU only: what a pool on CPU pushes "
-            "out of memory goes to disk, with a BlockStore"
-        )
-    store.stats()
-    return ahead
 
 
 @contextmanager

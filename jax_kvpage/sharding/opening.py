@@ -5,7 +5,7 @@ from typing import Any
 from jax_kvpage._cuda import place_of
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
-from jax_kvpage.saving import check_store
+from jax_kvpage._store_checks import check_store
 from jax_kvpage.sharding.devices import refuse_gpus
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
