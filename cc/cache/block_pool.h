@@ -84,7 +84,8 @@ class BlockPool {
   std::int64_t num_elsewhere() const { return num_backed(Backing::kLent) + num_sealed(); }
   void OnReturned(std::function<void(std::int32_t)> call) { on_returned_ = std::move(call); }
 
-  // Claims this block, with one reference; *cold: whether it was cold. Returns false if it is in use, or if no block is free.
+  // Claims this block, with one reference; *cold: whether it was cold. Returns false if it is in use, or if no block is
+  // free.
   bool ClaimBlock(std::int32_t block, bool* cold);
   // Transfers the references and entries of block `from` to the claimed block `to`, except for `held` references.
   // `from` becomes warm if it keeps none.

@@ -10,8 +10,10 @@ Status RunMirror::Make(DeviceState* device, const Geometry& geometry, std::uniqu
   const std::int64_t slots = geometry.max_slots, width = geometry.max_blocks();
   const std::size_t on_device = static_cast<std::size_t>(slots * (width + 1)) * sizeof(std::int32_t);
   const std::size_t on_host = static_cast<std::size_t>(slots + width) * sizeof(std::int32_t);
-  KVPAGE_RETURN_IF_ERROR(DeviceMemory::Make(device->context(), on_device, "for lists of shared blocks", &mirror->memory_));
-  KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(device->context(), on_host, "for lists of shared blocks", &mirror->pinned_));
+  KVPAGE_RETURN_IF_ERROR(
+      DeviceMemory::Make(device->context(), on_device, "for lists of shared blocks", &mirror->memory_));
+  KVPAGE_RETURN_IF_ERROR(
+      PinnedMemory::Make(device->context(), on_host, "for lists of shared blocks", &mirror->pinned_));
   mirror->counts_ = reinterpret_cast<std::int32_t*>(mirror->pinned_.data());
   mirror->blocks_ = mirror->counts_ + slots;
   std::fill_n(mirror->counts_, slots, 0);

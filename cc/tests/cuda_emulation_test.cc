@@ -187,7 +187,8 @@ bool Has(const std::string& text, const char* part) { return text.find(part) != 
 
 TEST(CudaEmulationTest, MistakesEndInAMessage) {
   const std::string returns = MessageOf<ReturnsKernel>();
-  EXPECT_TRUE(Has(returns, "wait for each other") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads"))
+  EXPECT_TRUE(Has(returns, "wait for each other") && Has(returns, "returned: threads 3") &&
+              Has(returns, "__syncthreads"))
       << returns;
   const std::string places = MessageOf<TwoPlacesKernel>();
   EXPECT_TRUE(Has(places, "wait for each other") && Has(places, "cuda_emulation_test.cc:")) << places;
