@@ -77,7 +77,7 @@ class DeviceMirror final : public Mirror {
     const Pointer value = std::exchange(place, nullptr);
     Copy copy = FieldCopy(field);
     before.push_back(copy);
-    const Status status = device_->Transfer(before);
+    Status status = device_->Transfer(before);
     place = value;
     if (!status.ok()) return status;
     copy.device += static_cast<cu::DevicePtr>(reinterpret_cast<char*>(&place) - static_cast<char*>(copy.host));
