@@ -81,7 +81,7 @@ class DeviceMirror final : public Mirror {
     place = value;
     if (!status.ok()) return status;
     copy.device += static_cast<cu::DevicePtr>(reinterpret_cast<char*>(&place) - static_cast<char*>(copy.host));
-    copy.host = &place;
+    copy.host = static_cast<void*>(&place);
     copy.bytes = sizeof(place);
     return device_->Transfer({copy});
   }
