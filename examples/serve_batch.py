@@ -51,41 +51,47 @@ def _parser() -> argparse.ArgumentParser:
     what = "Hugging Face model directory (default: the small model of this repository)"
     add("--checkpoint", type=pathlib.Path, default=BUNDLED, metavar="DIR", help=what)
     add("--prompt", action="append", default=[], metavar="TEXT", help="prompt; repeatable")
-    what = "UTF-8 text with one prompt a line"
+    what = "UTF-8 text with one prompt per line"
     add("--prompt-file", type=pathlib.Path, metavar="FILE", help=what)
-    what = "lengths and arrival times, in place of prompts"
+    what = "lengths and arrival times of requests, instead of prompts"
     add("--trace", type=pathlib.Path, metavar="FILE", help=what)
-    what = "requests; prompts are repeated (default: each prompt once, 100 of a trace)"
+    what = "number of requests; prompts repeat (default: each prompt once, 100 of a trace)"
     add("--num-requests", type=positive, metavar="N", help=what)
-    what = "divides all lengths of a trace (default: %(default)s)"
+    what = "divide all lengths of a trace (default: %(default)s)"
     add("--shrink", type=positive, default=1, metavar="N", help=what)
-    what = "divides all times of a trace; 0: all arrive at the start (default: %(default)s)"
+    what = "divide all times of a trace; 0: all arrive at once (default: %(default)s)"
     add("--speed", type=_not_negative, default=0.0, metavar="X", help=what)
-    what = "tokens to generate for a prompt (default: %(default)s)"
+    what = "maximum number of tokens to generate per prompt (default: %(default)s)"
     add("--max-new-tokens", type=positive, default=128, metavar="N", help=what)
     what = "0 takes the most likely token (default: %(default)s)"
     add("--temperature", type=float, default=0.7, metavar="T", help=what)
-    add("--top-k", type=int, default=0, metavar="K", help="only the K most likely; 0 for all")
-    add("--top-p", type=float, default=0.9, metavar="P", help="(default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    what = "sequences at one time (default: %(default)s)"
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely; 0: all")
+    add(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="nucleus sampling (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    what = "maximum number of running sequences (default: %(default)s)"
     add("--max-num-seqs", type=positive, default=16, metavar="N", help=what)
-    what = "tokens in a step at most (default: %(default)s)"
+    what = "maximum number of tokens per step (default: %(default)s)"
     add("--max-num-batched-tokens", type=positive, default=128, metavar="N", help=what)
-    what = "most tokens of a sequence (default: the model's max_position_embeddings)"
+    what = "maximum tokens per sequence (default: the model's max_position_embeddings)"
     add("--max-seq-len", type=positive, metavar="N", help=what)
-    what = "physical memory of the pool (default: half of what all slots could take)"
+    what = "physical memory of the pool (default: half of what all slots can hold)"
     add("--capacity", metavar="SIZE", help=what)
-    what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
+    what = "tokens per block (default: 16 for the small model, else chosen by jax_kvpage)"
     add("--block-tokens", type=positive, metavar="N", help=what)
-    what = "tokens to guess by prompt lookup and verify in a step (default: none, 4 with --draft)"
+    what = "tokens to guess by prompt lookup and verify per step (default: none, 4 with --draft)"
     add("--num-speculative-tokens", type=positive, metavar="N", help=what)
-    what = "a smaller model with the same tokens that guesses in place of prompt lookup"
+    what = "smaller model with the same vocabulary that guesses instead of prompt lookup"
     add("--draft", type=pathlib.Path, metavar="DIR", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
-    what = "keep what memory has no room for here: prefixes, also for later runs, and sequences"
+    what = "directory for prefixes and sequences that memory has no room for; kept between runs"
     add("--store", type=pathlib.Path, metavar="DIR", help=what)
-    what = "the most that --store may take (default: %(default)s)"
+    what = "size limit of --store (default: %(default)s)"
     add("--store-limit", default="8GiB", metavar="SIZE", help=what)
     add("--json", action="store_true", help="print one JSON object")
     what = "draw the occupancy of blocks over time, by request (needs matplotlib)"

@@ -56,7 +56,7 @@ def _seconds(text: str) -> float:
 def _positive_seconds(text: str) -> float:
     value = _seconds(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("must be more than 0 seconds: no request ends in no time")
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value
 
 
@@ -69,51 +69,64 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     what = "Hugging Face model directory (default: the small model of this repository)"
     add("--checkpoint", type=pathlib.Path, default=BUNDLED, metavar="DIR", help=what)
-    what = "the model's name in requests (default: the directory's)"
+    what = "name of the model in requests (default: that of the directory)"
     add("--served-model-name", metavar="NAME", help=what)
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: %(default)s)")
-    add("--port", type=_port, default=8000, metavar="N", help="0 for any (default: %(default)s)")
-    what = "that /v1 requires as a bearer token (default: $JAX_KVPAGE_API_KEY, or none)"
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s)",
+    )
+    add(
+        "--port",
+        type=_port,
+        default=8000,
+        metavar="N",
+        help="0: any free port (default: %(default)s)",
+    )
+    what = "bearer token that /v1 requires (default: $JAX_KVPAGE_API_KEY, or none)"
     add("--api-key", default=os.environ.get("JAX_KVPAGE_API_KEY"), metavar="KEY", help=what)
-    what = "sequences at one time (default: %(default)s)"
+    what = "maximum number of running sequences (default: %(default)s)"
     add("--max-num-seqs", type=positive, default=16, metavar="N", help=what)
-    what = "tokens in a step at most (default: %(default)s)"
+    what = "maximum number of tokens per step (default: %(default)s)"
     add("--max-num-batched-tokens", type=positive, default=128, metavar="N", help=what)
-    what = "most tokens of a sequence (default: the model's max_position_embeddings)"
+    what = "maximum tokens per sequence (default: the model's max_position_embeddings)"
     add("--max-seq-len", type=positive, metavar="N", help=what)
-    what = "physical memory of the pool (default: half of what all slots could take)"
+    what = "physical memory of the pool (default: half of what all slots can hold)"
     add("--capacity", metavar="SIZE", help=what)
-    what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
+    what = "tokens per block (default: 16 for the small model, else chosen by jax_kvpage)"
     add("--block-tokens", type=positive, metavar="N", help=what)
-    what = "tokens to guess by prompt lookup and verify in a step (default: none)"
+    what = "tokens to guess by prompt lookup and verify per step (default: none)"
     add("--num-speculative-tokens", type=positive, default=0, metavar="N", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
-    what = "keep what memory has no room for here: prefixes, also for later runs, and sequences"
+    what = "directory for prefixes and sequences that memory has no room for; kept between runs"
     add("--store", type=pathlib.Path, metavar="DIR", help=what)
-    what = "the most that --store may take (default: %(default)s)"
+    what = "size limit of --store (default: %(default)s)"
     add("--store-limit", default="8GiB", metavar="SIZE", help=what)
-    what = "requests that run or wait; further ones are answered 429 (default: %(default)s)"
+    what = "limit of running and waiting requests; others get a 429 (default: %(default)s)"
     add("--max-requests", type=positive, default=256, metavar="N", help=what)
-    what = "most logprobs of a token (default: %(default)s)"
+    what = "maximum number of logprobs per token (default: %(default)s)"
     add("--max-logprobs", type=positive, default=20, metavar="N", help=what)
-    what = "of a request's body (default: %(default)s)"
+    what = "size limit of a request's body (default: %(default)s)"
     add("--max-body-bytes", type=positive, default=4 << 20, metavar="N", help=what)
-    what = "of a request, in seconds (default: %(default)g)"
+    what = "time limit of a request, in seconds (default: %(default)g)"
     add("--timeout", type=_positive_seconds, default=600.0, metavar="SECONDS", help=what)
-    what = "for a request's body to arrive, in seconds (default: %(default)g)"
+    what = "time limit for receiving a request's body, in seconds (default: %(default)g)"
     add("--body-timeout", type=_positive_seconds, default=30.0, metavar="SECONDS", help=what)
-    what = "let requests set their priority, in front of others"
+    what = "let requests set their own priority"
     add("--allow-priority", action="store_true", help=what)
-    what = "a name of this server in Host headers; on localhost, others are refused; repeatable"
+    what = "name of this server in Host headers; on localhost, others are refused; repeatable"
     add("--allowed-host", action="append", default=[], metavar="NAME", help=what)
-    what = "ZeroMQ address of KV events, such as tcp://127.0.0.1:5557 (default: no events)"
+    what = (
+        "ZeroMQ address to publish KV events on, such as tcp://127.0.0.1:5557 (default: no events)"
+    )
     add("--kv-events-endpoint", metavar="ADDRESS", help=what)
-    what = "ZeroMQ address for subscribers that have missed events, such as tcp://127.0.0.1:5558"
+    what = "ZeroMQ address where subscribers ask for missed events, such as tcp://127.0.0.1:5558"
     add("--kv-events-replay-endpoint", metavar="ADDRESS", help=what)
-    add("--kv-events-topic", default="", metavar="TEXT", help="(default: empty)")
-    what = "map as vLLM 0.32 writes events, array as older ones (default: %(default)s)"
+    add("--kv-events-topic", default="", metavar="TEXT", help="topic of events (default: empty)")
+    what = "map: the form of vLLM 0.32; array: that of older versions (default: %(default)s)"
     add("--kv-events-form", choices=("map", "array"), default="map", help=what)
-    what = "for running requests at SIGTERM, in seconds (default: %(default)g)"
+    what = "time that running requests get after SIGTERM, in seconds (default: %(default)g)"
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help=what)
     return parser
 
@@ -127,7 +140,10 @@ def _publisher(args: argparse.Namespace) -> Iterator[Any]:
         yield None
         return
     if args.no_prefix_caching:
-        raise InputError("--kv-events-endpoint: --no-prefix-caching leaves no events")
+        raise InputError(
+            "--kv-events-endpoint: there are no events without a prefix cache: leave out "
+            "--no-prefix-caching"
+        )
     missing = [name for name in ("zmq", "msgspec") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(

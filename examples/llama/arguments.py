@@ -62,36 +62,36 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--prompt-file",
         type=pathlib.Path,
         metavar="FILE",
-        help="UTF-8 text with one prompt a line, after those of --prompt; blank lines are skipped "
-        "(default: none)",
+        help="UTF-8 text with one prompt per line, after those of --prompt; blank lines are "
+        "skipped (default: none)",
     )
     what.add_argument(
         "--turn",
         action="append",
         default=[],
         metavar="TEXT",
-        help="what each conversation goes on with after the answer; repeatable, one answer to each "
+        help="the next message of each conversation; repeatable, each is answered in turn "
         "(default: none)",
     )
     what.add_argument(
         "--chat",
         action="store_true",
         help="prompts and turns are messages for the checkpoint's chat template; without --prompt "
-        "they come from standard input, one a line, up to Ctrl-D (default: text to continue)",
+        "they come from standard input, one per line, until Ctrl-D (default: text to continue)",
     )
     what.add_argument(
         "--max-new-tokens",
         type=positive,
         default=128,
         metavar="N",
-        help="most tokens to generate for a prompt (default: %(default)s)",
+        help="maximum number of tokens to generate per prompt (default: %(default)s)",
     )
     what.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="of sampling; 0 takes the most likely token (default: 0, and 0.7 for the built-in "
-        "prompts with the small model)",
+        help="sampling temperature; 0 takes the most likely token (default: 0, and 0.7 for the "
+        "built-in prompts with the small model)",
     )
     what.add_argument(
         "--top-k",
@@ -112,14 +112,14 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="of the random numbers (default: %(default)s)",
+        help="seed of the random numbers (default: %(default)s)",
     )
     what.add_argument(
         "--num-samples",
         type=positive,
         default=1,
         metavar="N",
-        help="sequences for each prompt, which is computed once (default: %(default)s)",
+        help="sequences per prompt; the prompt is computed once (default: %(default)s)",
     )
     what.add_argument(
         "--num-beams",
@@ -136,7 +136,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="decode steps in one compiled program; 0 for jax_kvpage.serving, which runs single "
+        help="decode steps per compiled program; 0 for jax_kvpage.serving, which runs single "
         "steps (default: %(default)s)",
     )
     how.add_argument(
@@ -157,23 +157,23 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     how.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of weights and arithmetic (default: float32 on CPU, else as stored)",
+        help="type of weights and arithmetic (default: float32 on CPU, else as stored)",
     )
     how.add_argument(
         "--kv-dtype",
         choices=_KV_DTYPES,
-        help="of stored keys and values (default: as --dtype)",
+        help="type of stored keys and values (default: as --dtype)",
     )
     how.add_argument(
         "--layout",
         choices=("fused", "per_layer"),
-        help="of the cache's memory (default: chosen by jax_kvpage for the platform)",
+        help="layout of the cache's memory (default: chosen by jax_kvpage for the platform)",
     )
     how.add_argument(
         "--block-tokens",
         type=positive,
         metavar="N",
-        help="tokens in a block (default: chosen by jax_kvpage; 16 for the small model on CPU)",
+        help="tokens per block (default: chosen by jax_kvpage; 16 for the small model on CPU)",
     )
     how.add_argument(
         "--capacity",
@@ -185,13 +185,13 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--max-slots",
         type=positive,
         metavar="N",
-        help="sequences that run at a time (default: the number of prompts)",
+        help="maximum number of sequences that run at once (default: the number of prompts)",
     )
     how.add_argument(
         "--max-seq-len",
         type=positive,
         metavar="N",
-        help="most tokens of a sequence, prompt included (default: the model's "
+        help="maximum length of a sequence in tokens, with its prompt (default: the model's "
         "max_position_embeddings)",
     )
     how.add_argument(
@@ -199,15 +199,15 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=positive,
         default=512,
         metavar="N",
-        help="most prompt tokens in one step, at least 16 (default: %(default)s)",
+        help="maximum number of prompt tokens per step, at least 16 (default: %(default)s)",
     )
     how.add_argument(
         "--mesh",
         type=MeshSizes.parse,
         default=MeshSizes(),
         metavar="dp=N,tp=N",
-        help="tp=N: spread heads and weights over N devices; dp=N: spread the sequences over N "
-        "replicas of the model, of one device or of tp (default: one device)",
+        help="tp=N: split heads and weights over N devices; dp=N: split the sequences between N "
+        "replicas of the model, each on one device or on tp devices (default: one device)",
     )
     how.add_argument(
         "--coordinator",
@@ -220,7 +220,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=positive,
         default=1,
         metavar="N",
-        help="processes with the same command line but for --process-id (default: %(default)s)",
+        help="number of processes, all with the same command line except for --process-id "
+        "(default: %(default)s)",
     )
     how.add_argument(
         "--process-id",
@@ -232,14 +233,15 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     how.add_argument(
         "--implementation",
         choices=("cpu", "cuda", "xla"),
-        help="of attention (default: cpu on CPU, cuda on GPU)",
+        help="implementation of attention (default: cpu on CPU, cuda on GPU)",
     )
 
     out = parser.add_argument_group("what to show")
     out.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object and nothing else (default: text as it comes, then a table)",
+        help="print one JSON object and nothing else (default: text as it is generated, then a "
+        "table)",
     )
     out.add_argument(
         "--plot",
@@ -260,7 +262,7 @@ def parse_arguments(
         parser.error(f"--scan must be 0 (single steps) or more, got {args.scan}")
     option = "--draft" if args.draft else "--prompt-lookup"
     if args.prompt_lookup and args.draft:
-        parser.error("--prompt-lookup and --draft both guess: leave one of them out")
+        parser.error("--prompt-lookup and --draft exclude each other: leave one of them out")
     if (args.prompt_lookup or args.draft) and (args.scan or args.num_beams > 1):
         parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
     if args.mesh.devices > 1 and args.draft:
@@ -277,10 +279,10 @@ def parse_arguments(
                 "--temperature, --top-k, --top-p and --scan"
             )
     if args.turn and (args.num_beams > 1 or args.num_samples > 1):
-        parser.error("--turn goes on after one answer: leave out --num-samples and --num-beams")
+        parser.error("--turn continues after one answer: leave out --num-samples and --num-beams")
     if talks(args):
         if args.turn:
-            parser.error("--turn follows a prompt: with --chat, name one by --prompt")
+            parser.error("--turn follows a prompt: with --chat, give one with --prompt")
         if args.scan or args.num_beams > 1 or args.num_samples > 1:
             wrong = "leave out --scan, --num-samples and --num-beams"
             parser.error(f"--chat without --prompt streams one answer after the other: {wrong}")

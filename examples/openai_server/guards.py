@@ -50,7 +50,7 @@ class CheckHost:
         """Refuses the request, or passes it on."""
         if scope["type"] == "http" and _host_name(Headers(scope=scope)) not in self._hosts:
             error = ApiError(
-                "this server has another name than the Host header says (--allowed-host)",
+                "the Host header does not name this server; --allowed-host adds names",
                 status=421,
                 code="invalid_host",
             )
