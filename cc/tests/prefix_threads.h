@@ -23,10 +23,15 @@ void RunBesideThreads(Pool* pool, const Run& run) {
   std::atomic<bool> ended{false};
   std::vector<std::thread> threads;
   threads.emplace_back([&] {
-    std::shared_ptr<prefix::FetchTicket> ticket;
+    std::shared_ptr<prefix::FetchTicket> ticket, last;
     for (std::int32_t i = 0; !ended; ++i) {
       EXPECT_OK(pool->Prefetch({"", Text(1 + i % 9, 5), 0}, &ticket));
       static_cast<void>(ticket->Wait(0.002));
+      // More than two slow reads at a time would hold all blocks.
+      if (last != nullptr) {
+        EXPECT_TRUE(last->Wait(60));
+      }
+      last = ticket;
     }
   });
   threads.emplace_back([&] {
