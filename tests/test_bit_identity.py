@@ -1,4 +1,4 @@
-"""A sequence's result is bit-identical whatever its neighbours, order, padding, blocks and
+"""A sequence's result does not depend, bit for bit, on its neighbours, order, padding, blocks and
 threads.
 """
 

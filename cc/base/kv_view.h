@@ -46,7 +46,7 @@ struct KVView {
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;  // the elements of a head are contiguous
 
-  // Whether values are in chunks of their own, rather than kv_stride bytes after their keys.
+  // Whether values have separate chunks instead of following their keys by kv_stride bytes.
   KVPAGE_HOST_DEVICE bool values_apart() const { return table_kv_stride != 0; }
   // Address of chunk `chunk` of `slot` for head 0 and the chunk's token 0; kv is 0 for keys, 1 for values.
   KVPAGE_HOST_DEVICE char* Chunk(std::int64_t slot, std::int64_t chunk, std::int64_t layer, int kv) const {

@@ -76,8 +76,7 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
 
   // Sets the destinations of an order's read.
   void SetDestinations(const Geometry& geometry, char* window, const Order& order, store::ReadRequest* read) const;
-  // Whether reading the blocks takes less time than computing their tokens, as far as is known. If not, `why` gives the
-  // reason.
+  // Estimates whether reading the blocks takes less time than computing their tokens. If not, `why` gives the reason.
   bool Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks, std::string* why) const;
   // Returns an order in progress for the first tokens of a sequence, or null.
   std::shared_ptr<FetchTicket> Joined(const std::string& space, const std::int32_t* ids, std::int64_t tokens) const;

@@ -255,7 +255,8 @@ void PrefixTree::Erase(std::int32_t id) {
   const std::size_t mask = buckets_.size() - 1;
   std::size_t hole = Home(entry(id).hash);
   while (buckets_[hole].id != id) hole = (hole + 1) & mask;
-  // Entries after the hole move up as far as their home positions allow, so that no search ends too early.
+  // Move later entries into the hole unless that would put them before their home position, so that no search stops at
+  // the hole too early.
   for (std::size_t at = (hole + 1) & mask; buckets_[at].id != kNoEntry; at = (at + 1) & mask) {
     const std::size_t home = Home(entry(buckets_[at].id).hash);
     if (((at - home) & mask) < ((at - hole) & mask)) continue;

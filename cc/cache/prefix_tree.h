@@ -18,7 +18,7 @@ namespace kvpage {
 
 constexpr std::int32_t kNoEntry = -1;
 
-// State of an entry in the pool's store, as far as the index knows.
+// What the index knows about an entry's copy in the pool's store.
 enum class StoreState : std::int8_t {
   kUnwritten = 0,
   kWriting,

@@ -61,7 +61,7 @@ struct HostSlot {
   std::int64_t dropped_before = 0;      // value of `dropped` before the latest such call
   std::uint64_t released_at = 0;        // sequence number of the release, while draining
   std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
-  std::vector<std::int32_t> committed;  // the ids of its tokens, as far as they are committed
+  std::vector<std::int32_t> committed;  // ids of its committed tokens
   std::vector<std::int32_t> cut;        // tokens after `committed` that the last truncation removed
   // For a sequence that is or will be in the prefix index: its namespace, the length of the prompt with which it was
   // acquired, the number of tokens found then, and the fewest committed tokens since the index was last updated. A free

@@ -37,7 +37,7 @@ class SwapGroup {
   virtual void Continue() = 0;
 };
 
-// A swapped sequence. The mapping mutex guards its fields, except those with mutexes of their own.
+// A swapped sequence. The mapping mutex guards all fields that are not guarded by a mutex of this class.
 class Swap {
  public:
   // The state can also be read by waiters that hold no lock of the pool.

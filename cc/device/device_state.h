@@ -4,7 +4,7 @@
 // and a stream for small copies.
 //
 // The host never synchronises a context or one of XLA's streams, which may be captured or destroyed, and needs no list
-// of these streams: running ops count themselves in the table (kernels/cuda/readers.cuh), whatever their stream, and
+// of these streams: running ops on all streams count themselves in the table (kernels/cuda/readers.cuh), and
 // the host polls the count with copies on its own stream.
 //
 // Locks: queue_mutex_ (handlers that queue work), stream_mutex_ (our stream), table_mutex_ (entries). No thread holds
@@ -57,9 +57,9 @@ class DeviceState {
   // Returns true once, if handlers alternated between several streams outside of captures: the release of a slot waits
   // only for work on its own stream. A client that replaces another (jax.clear_backends) does not count.
   bool TakeManyStreams();
-  // Whether a program that is now queued on `stream` may find slots that share blocks when it runs. Always true for a
-  // captured call, which runs again later. The device's context must be current, as it is inside Queueing: each call
-  // asks the driver.
+  // Whether a program that is being queued on `stream` may find slots that share blocks when it runs. Always true
+  // during a capture, because the graph may be replayed later. Queries the driver, so the device's context must be
+  // current; a Queueing object makes it so.
   bool MayFindRuns(cu::Stream stream) const;
 
   // Pinned memory through which a handler reads results from the device; later handlers reuse it.

@@ -19,7 +19,7 @@ class HostStoreReference {
   explicit HostStoreReference(std::int64_t limit_bytes) : store_(std::make_shared<store::HostStore>(limit_bytes)) {}
   ~HostStoreReference() {
     const GilRelease release;
-    store_->Close();  // so that it is never destroyed by one of its own threads
+    store_->Close();  // ends its threads first: none of them may drop the last reference
     store_.reset();
   }
   HostStoreReference(const HostStoreReference&) = delete;

@@ -110,7 +110,7 @@ struct FakeDriver::Impl {
   void FreeHandle(cu::MemHandle handle);
   // The file that holds the handle's memory.
   int FileOf(const Handle& handle) const { return handle.own_fd >= 0 ? handle.own_fd : fd; }
-  // Moves a handle's memory to a file of its own; mappings are kept. Returns false if the system refuses.
+  // Moves a handle's memory to a separate file and keeps its mappings. Returns false if the system refuses.
   bool MakeShared(cu::MemHandle handle);
   // Whether another handle of this process refers to the same memory.
   bool HasTwin(cu::MemHandle handle) const;

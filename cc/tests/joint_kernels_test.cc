@@ -22,7 +22,7 @@ Geometry OneHead() {
   return geometry;
 }
 
-// One device's part of a model whose heads are split: it has the keys and values of its own head.
+// One device's part of a model whose heads are split: it has the keys and values of one head.
 class Part {
  public:
   Part(Machine* machine, int device, std::int32_t id) : machine_(machine), device_(device), random_(device + 1) {

@@ -42,7 +42,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     const std::int64_t at = sequences_before + SumBefore(mine, &all);
     const auto at_decode = static_cast<std::int32_t>(at), at_prefill = static_cast<std::int32_t>(at >> 32);
     sequences_before += all;
-    // Numbers are stored as soon as they are computed: kept until the end, they would spill.
+    // Store each number as soon as it is computed; keeping them all in registers until the end would spill.
     if (is_decode) {
       plan.decode_sequences[at_decode] = s;
       plan.prefix_spans[at_decode] = 0;

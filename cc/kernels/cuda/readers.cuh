@@ -3,8 +3,8 @@
 //
 // An op counts itself in before it reads anything else of the pool, and the host writes before it reads the count: so
 // either the op sees what the host wrote and is refused, or the host sees the op. The check counts in all blocks of the
-// op's last kernel, and each of these blocks counts itself out when it ends, with an atomic whose result nobody waits
-// for and without another launch. A launch in a graph counts like any other, whatever its stream.
+// op's last kernel, and each of these blocks counts itself out at its end with an atomic add that returns no value, so
+// no extra launch is needed. This works on every stream and in graphs.
 #ifndef KVPAGE_KERNELS_CUDA_READERS_CUH_
 #define KVPAGE_KERNELS_CUDA_READERS_CUH_
 

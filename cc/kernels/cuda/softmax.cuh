@@ -1,8 +1,8 @@
 // Scores and their weights; merging and normalization of softmax states.
 //
 // Weights are 2^((score - largest score) * unit). The difference is computed first: it is 0 for the largest score and
-// negative for the others, whatever their size, while a fused score * unit - largest * unit is off by the rounding
-// error of the second product, which is hundreds if scores are near 1e10. Intrinsics keep the compiler from fusing.
+// negative for all others, even for huge scores. A fused score * unit - largest * unit would be off by the rounding
+// error of the second product, which is in the hundreds for scores near 1e10. Intrinsics keep the compiler from fusing.
 #ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 #define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 

@@ -26,7 +26,7 @@ class SequenceState:
         ids: prompt and output tokens that have been read back.
         slot: slot in the pool; -1 without memory.
         row: row across all replicas while it has a slot, else -1.
-        computed: tokens whose keys and values exist, as far as steps have been read back.
+        computed: tokens whose keys and values exist according to the steps that were read back.
         furthest: maximum of `computed` so far.
         committed: tokens committed to the pool.
         room: tokens that its slot has room for.

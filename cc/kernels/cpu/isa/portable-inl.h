@@ -35,7 +35,7 @@ KVPAGE_INLINE VF AtLeastExponent(VF x) {
 KVPAGE_INLINE VF FloorPlusMagic(VF x) { return (AtLeastExponent(x) - 0.5f) + Splat(kMagic); }
 KVPAGE_INLINE VF FractionOf(VF x) { return AtLeastExponent(x) - (FloorPlusMagic(x) - Splat(kMagic)); }
 KVPAGE_INLINE VF TimesExp2OfFloor(VF p, VF x) {
-  // A product, so that NaN stays NaN whatever its bits.
+  // Multiplies instead of adding to the exponent bits, so that every NaN remains a NaN.
   return x < Splat(kLeastExponent) ? VF{} : p * (VF)(((VI)FloorPlusMagic(x) << 23) + (127 << 23));
 }
 

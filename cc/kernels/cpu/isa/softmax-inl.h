@@ -75,8 +75,8 @@ KVPAGE_INLINE VF MaskScores(Visible visible, int padded, float* scores, See&& se
 }
 
 // 2^((score - base) * unit), the weights of W scores, none of which is above `base`. The difference is computed first:
-// it is 0 for the largest score and negative for the others, whatever their size, while a fused score * unit - base *
-// unit is off by the rounding error of base * unit.
+// it is 0 for the largest score and negative for all others, even for huge scores. A fused score * unit - base * unit
+// would be off by the rounding error of base * unit.
 KVPAGE_INLINE VF Weights(const float* scores, VF base, VF unit) { return Exp2((LoadFloats(scores) - base) * unit); }
 
 // Turns scores into weights in the lanes of L. Returns the sum of the weights; *exact is their sum before rounding.
