@@ -299,6 +299,10 @@ def refusals() -> None:
                 lambda: pool.truncate(cache, slots[0], 65),
                 r"wanted 0\.\.64, for which there is room",
             ),
+            (
+                lambda: pool.truncate(cache, 3, 257),  # a free slot
+                r"slot 3: num_tokens is 257, wanted 0\.\.256",
+            ),
             (lambda: pool.commit(slots[0], [1]), "commit: .*leave it out"),
             (lambda: pool.fork(cache, slots[0], 1), "fork: .*use a pool on one device"),
             (lambda: pool.acquire_prefix(cache, [1, 2]), "acquire_prefix: .*use acquire"),
