@@ -135,4 +135,21 @@ TEST(DeviceTableTest, ADeviceHasRoomForSoManyPools) {
   EXPECT_NE(machine.Find(3), nullptr);
 }
 
+// Kernels that run meanwhile must never find a block table without its strides.
+TEST(DeviceTableTest, ThePointerToABlockTableArrivesLast) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  bool strides_alone = false, opened = false;
+  for (int call = 1; call <= 6 && !opened; ++call) {
+    machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, call, cu::Result::kUnknown, 100);
+    opened = pool->OpenTable().ok();
+    machine.fake().ClearFaults();
+    const KVView& view = machine.Find(1)->table_view;
+    EXPECT_EQ(view.table != nullptr, opened) << call;
+    strides_alone |= view.table == nullptr && view.base != nullptr && view.table_width > 0;
+  }
+  EXPECT_TRUE(opened);
+  EXPECT_TRUE(strides_alone);
+}
+
 }  // namespace kvpage::testing
