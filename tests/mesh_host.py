@@ -235,6 +235,7 @@ def refusals() -> None:
     """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(4), make_spec(4)
     wide = jax.make_mesh((2, 2), ("dp", "tp"), devices=jax.devices()[:4])
+    arguments: dict[str, Any]
     for arguments, wanted in (
         ({"mesh": mesh}, "mesh and axis: wanted both"),
         ({"axis": "tp"}, "mesh and axis: wanted both"),
@@ -244,15 +245,15 @@ def refusals() -> None:
         ({"mesh": mesh, "axis": "tp", "device": jax.devices()[0]}, "device: cannot be given"),
     ):
         with pytest.raises(ValueError, match=wanted):
-            kvp.KVPool(spec, "4MiB", **arguments)  # type: ignore[arg-type]
+            kvp.KVPool(spec, "4MiB", **arguments)
     with pytest.raises(ValueError, match="num_kv_heads=6 cannot be split over 4 devices"):
         kvp.KVPool(make_spec(6), "4MiB", mesh=mesh, axis="tp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax_kvpage.sharding.devices.place_of", lambda device: Place("cuda", "cuda"))
-        for axes in ({"sequence_axis": "tp"}, {"data_axis": "tp"}):
-            name = next(iter(axes))
+        for name in ("sequence_axis", "data_axis"):
+            axes: dict[str, Any] = {name: "tp"}
             with pytest.raises(ValueError, match=rf"{name}: on CPU devices only .*one KVPool on"):
-                kvp.KVPool(spec, "4MiB", mesh=mesh, **axes)  # type: ignore[arg-type]
+                kvp.KVPool(spec, "4MiB", mesh=mesh, **axes)
         patch.setattr(
             "jax_kvpage.sharding.devices.place_of",
             lambda device: Place("cuda", "cuda") if device.id else Place("cpu", "cpu"),

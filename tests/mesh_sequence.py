@@ -275,6 +275,7 @@ def refusals() -> None:
     """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(4), make_spec(2)
     wide = jax.make_mesh((2, 2), ("dp", "sp"), devices=jax.devices()[:4])
+    arguments: dict[str, Any]
     for arguments, wanted in (
         ({"sequence_axis": "sp"}, "wanted a mesh too"),
         ({"mesh": mesh, "sequence_axis": "tp"}, "sequence_axis: the mesh has 'sp', got 'tp'"),
@@ -283,7 +284,7 @@ def refusals() -> None:
         ({"mesh": mesh, "sequence_axis": "sp", "device": jax.devices()[0]}, "device: cannot"),
     ):
         with pytest.raises(ValueError, match=wanted):
-            kvp.KVPool(spec, "4MiB", **arguments)  # type: ignore[arg-type]
+            kvp.KVPool(spec, "4MiB", **arguments)
     with pytest.raises(ValueError, match=r"max_seq_len=250: wanted a multiple of 64.*192 or 256"):
         kvp.KVPool(make_spec(2, max_seq_len=250), "4MiB", mesh=mesh, sequence_axis="sp")
     with make_pool(4) as pool:
@@ -316,6 +317,7 @@ def refusals() -> None:
         ):
             with pytest.raises(ValueError, match=wanted):
                 call()
+        options: dict[str, Any]
         for options, wanted in (
             ({"sliding_window": 4, "alibi_slopes": np.ones(6)}, r"sliding_window.*\s.*alibi"),
             ({"addressing": "table", "implementation": "xla"}, r"addressing.*\s.*implementation"),
@@ -323,7 +325,7 @@ def refusals() -> None:
             ({"scale": -1.0}, "scale: wanted"),
         ):
             with pytest.raises(ValueError, match=wanted):
-                kvp.update_and_attend(q, k, v, cache, batch, layer=0, **options)  # type: ignore[arg-type]
+                kvp.update_and_attend(q, k, v, cache, batch, layer=0, **options)
         with pytest.raises(ValueError, match="vmap of append_kv: not served"):
             jax.vmap(lambda k: kvp.append_kv(cache, k, k, batch, layer=0))(np.stack([k, k]))
         pool.check(pool.release(cache, slots))

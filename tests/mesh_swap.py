@@ -249,7 +249,8 @@ def engine(size: int, path: str) -> None:
         Engine(rig.step, rig.params(), pool, rig.config()) as alone,
     ):
         wanted = rig.tokens(alone.generate(prompts, options))
-    PoolSwap.cost = lambda self, tokens: np.zeros_like(tokens)  # type: ignore[method-assign]
+    # For the rest of this process.
+    pytest.MonkeyPatch().setattr(PoolSwap, "cost", lambda self, tokens: np.zeros_like(tokens))
     capacity = 14 * rig.BLOCK * spec.token_bytes
     for caching in (True, False):
         config = rig.config(preemption=CostAware(0), prefix_caching=caching)

@@ -143,7 +143,7 @@ def test_a_forged_header_is_refused(rigs) -> None:
     good = content_of(sender.export(sender.begin(text(70))))
     for fields in _FORGED:
         with memory_file(change(good, **fields)) as fd:
-            refuses(rig, fd, "damaged|another shape|fingerprint")
+            refuses(rig, fd, "damaged|another spec|fingerprint")
 
 
 def test_blocks_without_memory_are_refused(rigs) -> None:
@@ -174,7 +174,7 @@ def test_a_sequence_of_another_spec_or_model_is_refused(make_pool, layout) -> No
         kvp.CacheSpec(2, 2, 128, 4, 512, dtype=jnp.float32, layout=layout, block_tokens=16),
     ):
         rig = HandoverRig(make_pool(spec))
-        refuses(rig, sent.fileno(), "a pool of another shape", fingerprint="llama 1")
+        refuses(rig, sent.fileno(), "a pool with another spec", fingerprint="llama 1")
     small = HandoverRig(make_pool(spec_of(layout, max_seq_len=64)))
     refuses(small, sent.fileno(), "70 tokens, .* max_seq_len is 64", fingerprint="llama 1")
     fits = HandoverRig(make_pool(spec_of(layout, max_seq_len=80, max_slots=2)))
