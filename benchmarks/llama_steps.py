@@ -57,7 +57,7 @@ class Runner:
 
 def _weights(config: LlamaConfig) -> tuple[Any, Any, list[jax.Array]]:
     """Graph, tree and weights of a model; the values repeat one block of random numbers."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=None))
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     block = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(np.float32)

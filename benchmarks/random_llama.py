@@ -29,7 +29,7 @@ def write_checkpoint(folder: str) -> None:
     from llama.model import Llama
 
     config = LlamaConfig(VOCABULARY, 512, 1408, 8, 8, 4, 64, max_position_embeddings=4096)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=None))
     graph, state = nnx.split(model)
     rng = np.random.default_rng(0)
     values = jax.tree.map(

@@ -43,7 +43,7 @@ _LOAD = """
     path = pathlib.Path(sys.argv[1])
     # The device's threads, and what tracing a model of this kind leaves in caches.
     jax.block_until_ready(jax.device_put(np.ones(3)))
-    nnx.eval_shape(lambda: Llama(load_config(path), rngs=nnx.Rngs(0)))
+    nnx.eval_shape(lambda: Llama(load_config(path), rngs=None))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = kilobytes("VmRSS")
     model = load_model(path, dtype=jnp.dtype(sys.argv[2]))

@@ -62,7 +62,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
     # vocabulary, hidden, inner, layers, heads, key/value heads, head size
     shape = (256, 64, 128, 2, 4, 2, 32) if dry else (32000, 4096, 14336, 8, 32, 8, 128)
     config = LlamaConfig(*shape)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=None))
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     weights = [

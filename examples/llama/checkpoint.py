@@ -50,7 +50,7 @@ def load_model(path: str | pathlib.Path, *, dtype: jnp.dtype | None = None) -> L
     path = pathlib.Path(path)
     config = load_config(path)
     chosen = jnp.dtype(config.dtype if dtype is None else dtype)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=chosen, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, dtype=chosen, rngs=None))
     files = _tensor_files(path)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)

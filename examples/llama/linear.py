@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["Linear", "product"]
+__all__ = ["Linear", "normal", "product"]
 
 # On CPU, the weight is the left operand of products with up to this many tokens.
 _FEW_TOKENS = 64
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
       parts: Size of each map's output.
       bias: Whether the maps have a bias, initially zero.
       dtype: Type of the weights and the product.
-      rngs: Source of the random weights: normally distributed, drawn for each part as
+      rngs: Source of the random weights (see `normal`), drawn for each part as
         `[inputs, outputs]` like in Flax's own layer, so that a seed gives both the same weights.
       std: Standard deviation of the weights.
 
@@ -42,13 +42,12 @@ class Linear(nnx.Module):
         parts: Sequence[int],
         bias: bool,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         std: float,
     ) -> None:
         self.parts = tuple(parts)
         self.summed_over: str | None = None
-        init = nnx.initializers.normal(std)
-        drawn = [init(rngs.params(), (inputs, outputs), dtype).T for outputs in parts]
+        drawn = [normal((inputs, outputs), std, dtype, rngs).T for outputs in parts]
         self.weight = nnx.Param(jnp.concatenate(drawn))
         self.bias = nnx.data(nnx.Param(jnp.zeros(sum(parts), dtype)) if bias else None)
 
@@ -61,6 +60,17 @@ class Linear(nnx.Module):
             out += jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
         ends = itertools.accumulate(self.parts[:-1])
         return jnp.split(out, list(ends), axis=-1)
+
+
+def normal(
+    shape: tuple[int, ...], std: float, dtype: jnp.dtype, rngs: nnx.Rngs | None
+) -> jax.Array:
+    """Normally distributed weights; zeros without `rngs`, because tracing random numbers only to
+    know their shapes takes as long as reading 200 MB of weights.
+    """
+    if rngs is None:
+        return jnp.zeros(shape, dtype)
+    return nnx.initializers.normal(std)(rngs.params(), shape, dtype)
 
 
 def product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -19,7 +19,7 @@ from flax import nnx
 import jax_kvpage
 
 from .config import LlamaConfig
-from .linear import Linear, product
+from .linear import Linear, normal, product
 
 __all__ = ["Attend", "Llama", "dense_causal_attention", "rotate"]
 
@@ -50,7 +50,12 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
+        self,
+        config: LlamaConfig,
+        layer: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs | None,
+        std_out: float,
     ) -> None:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         size, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -82,7 +87,7 @@ class MLP(nnx.Module):
     """The gated feed-forward network: down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
+        self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None, std_out: float
     ) -> None:
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(size, (inner, inner), bias, dtype, rngs, 0.02)
@@ -99,7 +104,9 @@ class Layer(nnx.Module):
     (`qkv_proj`, `gate_up_proj`).
     """
 
-    def __init__(self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs | None
+    ) -> None:
         # GPT-2's initialization: weights of projections that write to the residual stream are
         # smaller in deeper models.
         std_out = 0.02 / (2 * config.num_hidden_layers) ** 0.5
@@ -122,22 +129,22 @@ class Llama(nnx.Module):
     Args:
       config: The model's configuration.
       dtype: Type of the weights and of the arithmetic between norms.
-      rngs: Source of the random weights; under `nnx.eval_shape` none are created.
+      rngs: Source of the random weights; None gives zeros. Under `nnx.eval_shape` none are created.
     """
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs | None
     ) -> None:
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.embed_tokens = nnx.Param(normal(shape, 0.02, dtype, rngs))
         self.layers = nnx.List(
             [Layer(config, index, dtype, rngs) for index in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         head = None
         if not config.tie_word_embeddings:
-            head = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+            head = nnx.Param(normal(shape, 0.02, dtype, rngs))
         self.lm_head = nnx.data(head)
 
     def __call__(
