@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.guidance import Guide, fill_masks
-from jax_kvpage.serving.engine.packing import Operands, Packed
+from jax_kvpage.serving.engine.packing import Packed
 from jax_kvpage.serving.engine.programs import Outcome, Programs
 from jax_kvpage.serving.engine.slots import Slots
 
@@ -43,22 +43,23 @@ class Launcher:
 
     def run(
         self,
-        step: Operands,
+        packed: Packed,
+        verifies: bool = False,
         guided: Items[tuple[int, Guide, Items[int]]] = (),
         targets: np.ndarray | None = None,
-    ) -> tuple[Outcome, Packed]:
+    ) -> Outcome:
         """Launches a step.
 
         Args:
-            step: operands of the step.
+            packed: operands of the step.
+            verifies: whether they have guesses.
             guided: see `Flight.guided`.
             targets: see `Programs.run`.
 
         Returns:
-            The outcome to read back, and the packed operands, which tell where things are in it.
+            The outcome to read back.
         """
-        packed = self._programs.pack(step)
-        variant = 0 if step.guesses is None and targets is None else self._num_guesses
+        variant = self._num_guesses if verifies or targets is not None else 0
         masks = None
         if guided:
             places = packed.sequences.tolist()
@@ -70,4 +71,4 @@ class Launcher:
             packed, variant, self._slots.cache, self.state, masks, targets
         )
         self._slots.cache = cache
-        return outcome, packed
+        return outcome

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["FIELDS", "Operands", "Packed", "Packer"]
 
 FIELDS = 5  # per sequence, before its sampling parameters
+_POSITIONS = 3  # which of them is the position
 
 
 class Operands(NamedTuple):
@@ -103,6 +104,13 @@ class Packer:
             parts.append(self._part(shape, part))
         return Packed(shape, np.concatenate(parts), sequences, places)
 
+    def positions(self, packed: Packed) -> np.ndarray:
+        """Returns where the position of each sequence is in the operands, int[s]."""
+        num_tokens, size = packed.shape
+        replica, place = np.divmod(packed.sequences, size)
+        part = packed.operands.size // self._replicas
+        return replica * part + num_tokens + 1 + _POSITIONS * size + place
+
     def _part(self, shape: tuple[int, int], step: Operands) -> np.ndarray:
         """Packs the part of one replica, with local numbers, padded to a bucket."""
         num_tokens, size = shape
@@ -115,7 +123,7 @@ class Packer:
         table[0, s:] = t
         table[1, :s], table[1, s:] = step.slots, -1
         table[2, :s], table[2, s:] = step.rows, self._num_rows
-        table[3, :s] = step.positions
+        table[_POSITIONS, :s] = step.positions
         if step.guesses is not None:
             table[4, :s] = step.guesses
         table[FIELDS:, :s] = step.sampling

@@ -17,8 +17,9 @@ from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.launcher import Launcher
 from jax_kvpage.serving.engine.logprobs import logprob_table
-from jax_kvpage.serving.engine.packing import Operands
+from jax_kvpage.serving.engine.packing import Operands, Packed
 from jax_kvpage.serving.engine.programs import Programs
+from jax_kvpage.serving.engine.repetition import Repetition
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.engine.scoring import take_scores, targets_of
 from jax_kvpage.serving.engine.slots import Slots
@@ -71,6 +72,7 @@ class Runner:
         # The newest token of each row as a step takes it: its id, or -1 - row if it is on the
         # device.
         self._newest = np.zeros(num_rows, np.int32)
+        self._repetition = Repetition()
         slots.recover = self._recover
         self._recovering = False
         self._restored = True  # whether slots and rows match the newest generation
@@ -100,6 +102,7 @@ class Runner:
     def choose(self, state: SequenceState) -> None:
         """Uses the host's newest token of a sequence, which the device may not have."""
         self._newest[state.row] = state.ids[-1]
+        self._repetition.forget()
 
     def launch(
         self,
@@ -171,6 +174,20 @@ class Runner:
         self._recover()
 
     def _dispatch(self, flight: Flight) -> None:
+        flight.outcome, flight.packed, flight.error = None, None, None
+        try:
+            packed = self._repetition.next(flight) or self._pack(flight)
+            flight.outcome = self._launcher.run(
+                packed,
+                bool(flight.guesses),
+                flight.guided() if self._programs.num_words else [],
+                targets_of(flight),
+            )
+            flight.packed = packed
+        except Exception as error:  # tracing runs the caller's code, which may raise anything
+            flight.error = error
+
+    def _pack(self, flight: Flight) -> Packed:
         rows, places, sampling = flight.rows, flight.rows, self._columns[:, flight.rows]
         tokens = self._tokens(flight)
         if flight.num_decodes < len(flight.states):  # prompt chunks may not sample
@@ -178,24 +195,19 @@ class Runner:
             sampling = np.where(flight.samples, sampling, 0)
         sampled = rows[flight.samples]
         self._newest[sampled] = -1 - sampled
-        flight.outcome, flight.packed, flight.error = None, None, None
-        try:
-            step = Operands(
-                tokens,
-                flight.counts,
-                self._slots.slot[rows],
-                places,
-                flight.begins + flight.counts,
-                sampling,
-                flight.num_guesses,
-            )
-            flight.outcome, flight.packed = self._launcher.run(
-                step,
-                flight.guided() if self._programs.num_words else [],
-                targets_of(flight),
-            )
-        except Exception as error:  # tracing runs the caller's code, which may raise anything
-            flight.error = error
+        step = Operands(
+            tokens,
+            flight.counts,
+            self._slots.slot[rows],
+            places,
+            flight.begins + flight.counts,
+            sampling,
+            flight.num_guesses,
+        )
+        packed = self._programs.pack(step)
+        positions = self._programs.positions(packed)
+        self._repetition.keep(flight, step, packed, positions)
+        return packed
 
     def _tokens(self, flight: Flight) -> np.ndarray:
         """Token operands of a step, int32[t]; see `Operands`."""
@@ -256,6 +268,7 @@ class Runner:
             raise RuntimeError("a call on the pool failed while the engine recovered")
         self.generations += 1
         self._restored = False
+        self._repetition.forget()
         self._slots.cache = self._pool.cache()
         self._launcher.restart()
         self._recovering = True
@@ -313,5 +326,5 @@ class Runner:
                 np.zeros(1, np.int32),
                 np.zeros((self._columns.shape[0], 1), np.int32),
             )
-            self._launcher.run(step)
+            self._launcher.run(self._programs.pack(step))
             begin += len(ids)
