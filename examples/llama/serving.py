@@ -34,6 +34,7 @@ __all__ = [
     "figures",
     "make_draft",
     "model_step",
+    "plain_step",
     "plot_occupancy",
     "serve",
 ]
@@ -102,8 +103,40 @@ def make_draft(
     return DraftModel(step=step, params=weights, pool=memory)
 
 
-def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, Any]:
-    """The model in the form for the engine: a step function, and its weights as a flat list."""
+def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, list[jax.Array]]:
+    """The model in the form for the engine: a step function, and its weights as a flat list.
+
+    Each array that a program takes costs time in the thread that dispatches it. Vectors of the same
+    size, which are the scales of the norms, are therefore rows of one matrix.
+    """
+    plain, weights = plain_step(model, implementation)
+    rows: dict[tuple[int, jnp.dtype], list[int]] = {}
+    for index, weight in enumerate(weights):
+        if weight.ndim == 1:
+            rows.setdefault((weight.size, weight.dtype), []).append(index)
+    gathered = {index for indices in rows.values() for index in indices}
+    kept = [index for index in range(len(weights)) if index not in gathered]
+    packed = [weights[index] for index in kept]
+    packed += [jnp.stack([weights[index] for index in indices]) for indices in rows.values()]
+
+    def step(
+        packed: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        all_weights = dict(zip(kept, packed, strict=False))
+        for indices, matrix in zip(rows.values(), packed[len(kept) :], strict=True):
+            all_weights |= zip(indices, jnp.unstack(matrix), strict=True)
+        return plain(
+            [all_weights[index] for index in range(len(all_weights))], cache, tokens, batch
+        )
+
+    return step, packed
+
+
+def plain_step(model: Llama, implementation: str | None = None) -> tuple[Step, list[jax.Array]]:
+    """Like `model_step`, with the model's parameters as the weights."""
     graph, state = nnx.split(model)
     weights, tree = jax.tree.flatten(state)
 
