@@ -31,10 +31,10 @@ def check_devices(op: str, name: str, array: jax.Array, device: jax.Device) -> N
     """Raises a ValueError unless an array of a cache is on its pool's only device."""
     if array.sharding.device_set != {device}:
         raise ValueError(
-            f"{op}: cache.{name} lies on {sorted(map(str, array.sharding.device_set))}, "
-            f"but the pool on {device}: a cache stays on its pool's device; with several devices "
-            "make one pool over the mesh (KVPool(..., mesh=mesh, axis=...)), or one KVPool on "
-            "each, and run the step under jax.shard_map with that pool's cache in each shard"
+            f"{op}: cache.{name} is on {sorted(map(str, array.sharding.device_set))}, "
+            f"but the pool is on {device}: a cache stays on its pool's device; with several "
+            "devices make one pool over the mesh (KVPool(..., mesh=mesh, axis=...)), or one KVPool "
+            "on each, and run the step under jax.shard_map with that pool's cache in each shard"
         )
 
 
@@ -46,14 +46,14 @@ def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
     if any(isinstance(array, jax.core.Tracer) for array in arrays) or is_tracing():
         raise ValueError(
             f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
-            "program map_slots makes room, and set_lengths and batch.mask change who takes part"
+            "program, map_slots makes room, and set_lengths and batch.mask change who takes part"
         )
     for array in arrays:
         if not isinstance(array, jax.Array):
             raise ValueError(
                 f"{op}: wanted a cache made of JAX arrays, got one of {type(array).__name__}, "
                 "as jax.device_get and jax.eval_shape return: pass the cache that this pool's "
-                "newest call or a program returned, or start a new generation with pool.cache()"
+                "newest call or program returned, or start a new generation with pool.cache()"
             )
     if any(array.is_deleted() for array in arrays):
         raise ValueError(
@@ -62,8 +62,8 @@ def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
         )
     if cache.spec != native.spec:
         raise ValueError(
-            f"{op}: the cache has another spec than <KVPool {native.pool.id} on "
-            f"{native.device}>: {cache.spec} against {native.spec}; pass the cache "
+            f"{op}: the cache has a different spec from <KVPool {native.pool.id} on "
+            f"{native.device}>: {cache.spec} instead of {native.spec}; pass the cache "
             "that this pool's newest call returned"
         )
 

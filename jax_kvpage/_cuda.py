@@ -103,11 +103,11 @@ def preallocation() -> str:
         return "nothing ahead of time (XLA_PYTHON_CLIENT_ALLOCATOR=platform)"
     preallocate = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower()
     if preallocate in ("0", "false"):
-        return "as it goes, and keeps it (XLA_PYTHON_CLIENT_PREALLOCATE=false)"
+        return "on demand, and keeps it (XLA_PYTHON_CLIENT_PREALLOCATE=false)"
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         if os.environ.get(name):
-            return f"{float(os.environ[name]):.0%} of the card when it starts ({name})"
-    return f"{float(_MEM_FRACTION):.0%} of the card when it starts (the default)"
+            return f"{float(os.environ[name]):.0%} of the GPU when it starts ({name})"
+    return f"{float(_MEM_FRACTION):.0%} of the GPU when it starts (the default)"
 
 
 def memory_hint(device: Any) -> str:

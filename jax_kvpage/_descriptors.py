@@ -108,9 +108,9 @@ def _receive(connection: socket.socket, received: list[int]) -> bytes:
         if flags & socket.MSG_CTRUNC:
             raise OSError(
                 errno.EMFILE,
-                f"{os.strerror(errno.EMFILE)}: descriptors that were sent got lost: a sequence in "
-                "a GPU's memory takes one for each block, and `ulimit -n` says how many this "
-                "process may have open, and raises that",
+                f"{os.strerror(errno.EMFILE)}: some of the descriptors that were sent are lost: a "
+                "sequence in a GPU's memory needs one for each block; `ulimit -n` shows and raises "
+                "how many this process may have open",
             )
         if not part:
             raise ConnectionError(

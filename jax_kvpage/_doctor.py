@@ -21,7 +21,7 @@ __all__ = ["Findings", "examine"]
 
 _WORKS = "works"
 # The oldest compute capability that the CUDA kernels support.
-_OLDEST_CARD = (8, 0)
+_OLDEST_GPU = (8, 0)
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ def _compare_with_toolkit(found: Findings, version: int) -> None:
         )
     else:
         found.advice.append(
-            f"{older}: it runs the machine code of this build but not its PTX, which cards need "
+            f"{older}: it runs the machine code of this build but not its PTX, which GPUs need "
             f"that are newer than compute capability 9.0. For those update the driver, or {build}."
         )
 
@@ -118,38 +118,40 @@ def _driver(found: Findings) -> list[Any]:
         found.add("CUDA driver", f"for CUDA {_release(version)}")
         _compare_with_toolkit(found, version)
     usable = []
-    for card in report.devices:
-        major, minor = card.compute_capability
-        text = f"{card.name}, compute capability {major}.{minor}, {_mebibytes(card.total_bytes)}"
-        if card.problem:
-            text += f"; {card.problem}"
-        elif not card.virtual_memory:
+    for gpu in report.devices:
+        major, minor = gpu.compute_capability
+        text = f"{gpu.name}, compute capability {major}.{minor}, {_mebibytes(gpu.total_bytes)}"
+        if gpu.problem:
+            text += f"; {gpu.problem}"
+        elif not gpu.virtual_memory:
             text += "; no virtual memory management: it cannot hold a pool"
-        elif card.compute_capability < _OLDEST_CARD:
-            text += f"; too old: {'.'.join(map(str, _OLDEST_CARD))} or newer is needed"
+        elif gpu.compute_capability < _OLDEST_GPU:
+            text += f"; too old: {'.'.join(map(str, _OLDEST_GPU))} or newer is needed"
         else:
-            usable.append(card)
-            text += f", blocks are multiples of {_mebibytes(card.granularity)}"
-            text += f", {card.multiprocessors} multiprocessors"
-        found.add(f"card {card.ordinal}", text)
+            usable.append(gpu)
+            text += f", blocks are multiples of {_mebibytes(gpu.granularity)}"
+            text += f", {gpu.multiprocessors} multiprocessors"
+        found.add(f"GPU {gpu.ordinal}", text)
     return usable
 
 
-def _next_for_cuda(found: Findings, cards: list[Any], devices: list[Any]) -> None:
-    if cards and not _cuda.BUILT:
-        found.advice.append(f"To use the card, {_cuda.HOW_TO_BUILD}.")
-    if cards and not devices:
+def _next_for_cuda(found: Findings, gpus: list[Any], devices: list[Any]) -> None:
+    if gpus and not _cuda.BUILT:
+        found.advice.append(f"To use the GPU, {_cuda.HOW_TO_BUILD}.")
+    if gpus and not devices:
         found.advice.append(
             "The driver works but JAX sees no CUDA device: install jax[cuda12] or jax[cuda13], and "
             "look at JAX_PLATFORMS."
         )
-    if cards and "% of the card" in _cuda.preallocation():
+    if gpus and "% of the GPU" in _cuda.preallocation():
         found.advice.append(
             f"JAX's allocator takes {_cuda.preallocation()}; a pool's blocks lie beside it: leave "
             "room with XLA_PYTHON_CLIENT_MEM_FRACTION=.4 or XLA_PYTHON_CLIENT_PREALLOCATE=false."
         )
-    if _cuda.BUILT and not cards:
-        found.advice.append("The CUDA backend was built; without a usable card pools live on CPU.")
+    if _cuda.BUILT and not gpus:
+        found.advice.append(
+            "The CUDA backend was built; without a usable GPU, pools are on the CPU."
+        )
 
 
 def examine() -> Findings:
@@ -159,8 +161,8 @@ def examine() -> Findings:
     devices = jax.devices()
     found.add("devices that JAX sees", ", ".join(map(str, devices)))
     _machine(found)
-    cards = _driver(found)
-    if cards:
+    gpus = _driver(found)
+    if gpus:
         found.add("JAX's own allocator takes", _cuda.preallocation())
     answer = _try(jax.devices("cpu")[0])
     found.add("CPU backend", answer)
@@ -172,5 +174,5 @@ def examine() -> Findings:
         found.add(f"CUDA backend on {device}", answer)
         if answer != _WORKS:
             found.broken.append(f"The CUDA backend is broken on {device}: see the lines above.")
-    _next_for_cuda(found, cards, on_cuda)
+    _next_for_cuda(found, gpus, on_cuda)
     return found

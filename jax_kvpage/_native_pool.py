@@ -138,12 +138,12 @@ class NativePool:
     def refuse_mesh(self, call: str) -> None:
         """Raises a ValueError for a call that pools over a mesh do not support yet."""
         if self.sharding is not None:
-            raise ValueError(f"{call}: not on a pool over a mesh so far, which has a pool a device")
+            raise ValueError(f"{call}: not supported yet on a pool over a mesh")
 
     def refuse_gpus(self, call: str, why: str) -> None:
         """Raises a ValueError for a call that pools over several GPUs do not support yet."""
         if self.sharding is not None and self.mirrored:
-            raise ValueError(f"{call}: not on a pool over several GPUs so far: {why}")
+            raise ValueError(f"{call}: not supported yet on a pool over several GPUs: {why}")
 
     def decision(self) -> Any:
         """Makes an empty decision, to be filled by a call of the pool."""

@@ -144,7 +144,7 @@ class ReuseCalls:
         lists = {name: host_ints(f"reuse_segment: {name}", x)[0] for name, x in named.items()}
         if len({len(x) for x in lists.values()}) != 1:
             sizes = ", ".join(f"{len(x)} of {name}" for name, x in lists.items())
-            raise ValueError(f"reuse_segment: wanted one number of each kind a copy, got {sizes}")
+            raise ValueError(f"reuse_segment: wanted one number of each kind per copy, got {sizes}")
         frequencies = _frequencies(inv_freq, self.spec)
         program = _program(as_bool("reuse_segment: interleaved", interleaved))
         targets, sources, begins, counts = lists.values()

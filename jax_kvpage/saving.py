@@ -92,7 +92,9 @@ class SavingCalls:
         if token_ids is not None:
             ids, _ = token_ids_of("save_prefixes: token_ids", token_ids)
         elif namespace is not None:
-            raise ValueError("save_prefixes: namespace: give the token_ids that it is for as well")
+            raise ValueError(
+                "save_prefixes: namespace: also pass the token_ids to which it applies"
+            )
         with _opened("save_prefixes", store, self, fingerprint) as opened:
             saved = self._native.call(
                 self._pool.save_prefixes, opened, space, ids, token_ids is None

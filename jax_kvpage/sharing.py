@@ -112,7 +112,7 @@ class SharingCalls:
         for parent in origins:
             if not 0 <= parent < len(beams):
                 raise ValueError(
-                    f"reorder: parents: {parent} is no index into the {len(beams)} slots"
+                    f"reorder: parents: {parent} is not an index into the {len(beams)} slots"
                 )
         first = {parent: i for i, parent in reversed(list(enumerate(origins)))}
         forked = [i for i, parent in enumerate(origins) if first[parent] != i]

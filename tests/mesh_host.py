@@ -283,7 +283,7 @@ def refusals() -> None:
             lambda: pool.spill_stats(),
             lambda: pool.reuse_segment(cache, slot, slot, 0, 1, inv_freq=[0.0]),
         ):
-            with pytest.raises(ValueError, match="not on a pool over a mesh so far"):
+            with pytest.raises(ValueError, match="not supported yet on a pool over a mesh"):
                 refused()
         with pytest.raises(ValueError, match=r"has no store: make it with KVPool\(store=...\)"):
             pool.swap_out(cache, slot)

@@ -127,7 +127,7 @@ def refusals(path: str) -> None:
             lambda: pool.stored_prefix(ids),
             lambda: pool.spill_stats(),
         ):
-            with pytest.raises(ValueError, match="not on a pool over a mesh so far"):
+            with pytest.raises(ValueError, match="not supported yet on a pool over a mesh"):
                 refused()
         for saving in (pool.save_prefixes, pool.load_prefixes):
             with pytest.raises(ValueError, match="only swapped sequences"):

@@ -65,7 +65,7 @@ def test_a_card(
     assert "for CUDA 13.0" in text
     assert "NVIDIA H100, compute capability 9.0, 81,920 MiB, blocks are multiples of 2 MiB" in text
     assert "V100, compute capability 7.0, 81,920 MiB; too old: 8.0" in text
-    assert "75% of the card when it starts (the default)" in text
+    assert "75% of the GPU when it starts (the default)" in text
     assert ("yes, for 80 real, 90a real, 90 virtual" in text) == built
     assert ("JAX_KVPAGE_CUDA=ON" in text) != built
 
@@ -112,7 +112,7 @@ def test_cards_that_cannot_be_used(
     text = capsys.readouterr().out
     assert "no virtual memory management" in text
     assert "cuDeviceGetName of device 1 failed" in text
-    assert "without a usable card" in text
+    assert "without a usable GPU" in text
 
 
 def test_a_broken_backend(
@@ -132,10 +132,10 @@ def test_a_broken_backend(
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({}, "75% of the card when it starts (the default)"),
-        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}, "40% of the card when it starts"),
-        ({"XLA_CLIENT_MEM_FRACTION": ".3"}, "30% of the card when it starts"),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "as it goes"),
+        ({}, "75% of the GPU when it starts (the default)"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}, "40% of the GPU when it starts"),
+        ({"XLA_CLIENT_MEM_FRACTION": ".3"}, "30% of the GPU when it starts"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "on demand"),
         ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, "nothing ahead of time"),
     ],
 )

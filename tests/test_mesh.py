@@ -72,7 +72,7 @@ alike = jax.tree.map(
 with pytest.raises(ValueError, match="append_kv: .*2 devices.*over all axes"):
     jax.jit(some)(*alike)
 for call in (lambda c: pool.acquire(c, 16), lambda c: pool.release(c, slots), pool.check):
-    with pytest.raises(ValueError, match="lies on .*one KVPool on each"):
+    with pytest.raises(ValueError, match="is on .*one KVPool on each"):
         call(spread)
 assert pool.slot_table() == table
 out, cache = jax.jit(step)(cache, q[0], kv[0], jnp.asarray(slots))  # all goes on

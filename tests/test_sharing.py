@@ -214,7 +214,7 @@ def test_a_fork_of_tokens_whose_program_is_queued(rig) -> None:
         (lambda p, c, s: p.fork(c, s, 1, -5), "num_tokens is -5"),
         (lambda p, c, s: p.fork(c, s, 12), "fork: 12 slots wanted, 11 free"),
         (lambda p, c, s: p.reorder(c, [s, s], [0, 1]), "wanted each slot once"),
-        (lambda p, c, s: p.reorder(c, [s], [1]), "1 is no index into the 1 slots"),
+        (lambda p, c, s: p.reorder(c, [s], [1]), "1 is not an index into the 1 slots"),
         (lambda p, c, s: p.truncate(c, s, -1), "num_tokens is -1, wanted 0..80"),
         (lambda p, c, s: p.truncate(c, s, 81), "num_tokens is 81, wanted 0..80"),
         (lambda p, c, s: p.truncate(c, [s, s], 3), "named twice"),

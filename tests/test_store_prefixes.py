@@ -238,7 +238,7 @@ def test_a_full_store_is_said(make_pool, tmp_path: pathlib.Path) -> None:
 def test_mistakes_are_named(make_pool, tmp_path: pathlib.Path) -> None:
     rig = rig_of(make_pool, "fused")
     pool = rig.pool
-    with pytest.raises(ValueError, match="namespace: give the token_ids"):
+    with pytest.raises(ValueError, match="namespace: also pass the token_ids"):
         pool.save_prefixes(tmp_path, namespace="n")
     with pytest.raises(ValueError, match="wanted a BlockStore or a path, got 3"):
         pool.load_prefixes(3)  # type: ignore[arg-type]

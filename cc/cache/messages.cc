@@ -59,7 +59,7 @@ Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts
 Status OtherGeneration(Op op, std::int32_t id, std::int64_t cache_generation, std::int64_t pool_generation) {
   return FailedPrecondition(op + ": stale cache: it belongs to generation " + Number(cache_generation) + " of " +
                             Pool(id) + ", which is at generation " + Number(pool_generation) +
-                            " since pool.cache() was last called: go on from the cache which that call returned");
+                            " since pool.cache() was last called: use the cache which that call returned");
 }
 
 Status StaleEpoch(Op op, std::int32_t id, std::int64_t cache_epoch, std::int64_t pool_epoch) {
@@ -72,7 +72,7 @@ Status StaleEpoch(Op op, std::int32_t id, std::int64_t cache_epoch, std::int64_t
 Status StaleSlot(Op op, std::int32_t slot, std::int64_t cache_epoch, std::int64_t since) {
   return FailedPrecondition(op + ": stale cache: it is at epoch " + Number(cache_epoch) + ", but slot " + Number(slot) +
                             " was acquired, released or rolled back at epoch " + Number(since) +
-                            ": go on from the cache that the newest call returned");
+                            ": use the cache that the newest call returned");
 }
 
 Status SlotRange(Op op, std::int32_t slot, std::int64_t max_slots) {
@@ -136,7 +136,7 @@ Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t want
 Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t length, std::int64_t written) {
   return FailedPrecondition(Slot(op, slot) + ", layer " + Number(layer) + ": the cache says that it has " +
                             Number(length) + " tokens, " + Number(written) +
-                            " written: only advance raises a length; go on from the cache that the newest call "
+                            " written: only advance raises a length; use the cache that the newest call "
                             "returned, or call pool.cache() for a new one");
 }
 
