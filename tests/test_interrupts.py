@@ -110,7 +110,12 @@ def test_alarms_at_any_moment_lose_no_slot() -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Alarm:
                 rung += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                for _ in range(3):  # Python calls the handler of a late alarm here
+                    pass
+            except Alarm:
+                rung += 1
             held = [row.slot for row in pool.slot_table() if not row.draining]
             # The alarm may have come after the call: then the caller has the slot.
             lost += held != ([] if slot is None else [slot])
