@@ -255,6 +255,7 @@ def _decode(
     return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]), cache
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("tokens", [16, 38])
 def test_samples_by_fork_are_bit_identical_to_separate_ones(layout: str, tokens: int) -> None:
     *prompt, last = _prompt(tokens)
@@ -318,6 +319,7 @@ def _separate(layout: str) -> list[list[int]]:
     return [request.output_ids for request in requests]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("blocks", "scan_steps"), [(None, 0), (None, 7), (16, 7)])
 def test_the_engine_s_samples_equal_separate_runs(
     layout: str, blocks: int | None, scan_steps: int

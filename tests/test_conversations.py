@@ -40,7 +40,13 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, A
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("options", [(), ("--scan", 5, "--layout", "per_layer")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--scan", 5, "--layout", "per_layer"),
+        pytest.param((), marks=pytest.mark.exhaustive),
+    ],
+)
 def test_turns_say_what_whole_conversations_say(
     capsys: pytest.CaptureFixture[str], options: tuple[object, ...]
 ) -> None:

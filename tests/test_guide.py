@@ -29,6 +29,7 @@ def test_a_page_runs_as_printed(page: pathlib.Path) -> None:
     run_page(page)
 
 
+@pytest.mark.exhaustive  # on several devices, whose programs take long to compile
 @pytest.mark.parametrize(
     "page", [page for page in _PAGES if _runs_alone(page)], ids=lambda p: p.stem
 )

@@ -8,16 +8,11 @@ from mesh_rig import EIGHT_DEVICES
 from subprocesses import run_python
 
 
-def test_logits_and_text_are_those_of_one_device() -> None:
-    run_python(
-        """
-        import mesh_llama
-        mesh_llama.logits()
-        mesh_llama.command()
-        """,
-        env=EIGHT_DEVICES,
-        timeout=600,
-    )
+@pytest.mark.parametrize(
+    "program", ["logits", pytest.param("command", marks=pytest.mark.exhaustive)]
+)
+def test_logits_and_text_are_those_of_one_device(program: str) -> None:
+    run_python(f"import mesh_llama; mesh_llama.{program}()", env=EIGHT_DEVICES, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_llama_over_devices_says_the_same() -> None:
     run_python(f"import mesh_sequence_llama; mesh_sequence_llama.text({sizes})", env=EIGHT_DEVICES)
 
 
+@pytest.mark.exhaustive  # compiles many programs
 def test_the_engine_over_spread_sequences() -> None:
     run_python(
         """

@@ -38,6 +38,7 @@ def _killed(case: int) -> None:
     assert "another task died" in found.err or "Traceback" in found.err, found
 
 
+@pytest.mark.exhaustive  # waits for time limits
 def test_when_a_process_is_killed_the_others_end() -> None:
     # In parallel, since the survivors mostly wait.
     with ThreadPoolExecutor(2) as executor:

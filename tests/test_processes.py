@@ -44,6 +44,7 @@ def test_host_calls_and_attention(count: int, devices: int) -> None:
     assert all(each == churned[0] for each in churned)
 
 
+@pytest.mark.exhaustive  # compiles the engine three times
 def test_the_engine_says_the_same_as_on_one_device() -> None:
     outputs = run_processes("import process_llama as p; p.tokens()")
     said = [[line for line in out.splitlines() if line.startswith("tokens")] for out in outputs]

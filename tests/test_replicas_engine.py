@@ -11,8 +11,8 @@ from subprocesses import run_python
 @pytest.mark.parametrize(
     "programs",
     [
-        "outputs local pressure prefixes placing cancellations failures siblings guesses refusals",
-        *(["explicit"] if is_exhaustive() else []),
+        "outputs pressure prefixes cancellations failures refusals",
+        *(["explicit", "local placing siblings guesses"] if is_exhaustive() else []),
     ],
 )
 def test_the_engine_over_replicas(programs: str) -> None:

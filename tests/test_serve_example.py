@@ -57,6 +57,7 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
     assert plot.stat().st_size > 1000
 
 
+@pytest.mark.exhaustive  # guesses of a draft are compared in test_serving_draft.py
 def test_a_draft_model(checkpoint, tmp_path, capsys) -> None:
     """A draft equal to the model is always right; one with another vocabulary is refused."""
     options = ["--checkpoint", checkpoint, "--prompt", "abcdefgh", "--max-new-tokens", 9]
