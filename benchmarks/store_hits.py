@@ -6,8 +6,9 @@ An engine serves one request after the other, with a stored prefix of some lengt
 finds the prefix in the store alternates with one in an empty namespace, which computes it. Based on
 its measurements, the engine decides whether to read or to compute (taken or refused); for requests
 that were taken, the time to the first token is divided by that of the computed request in the same
-pair. A ratio of at most 1 at p95 means that reading was not slower. The store's files are in the
-page cache ("warm"), or were dropped from it before each request ("cold").
+pair, and the 95th percentile of these times by that of the computed ones. Ratios of at most 1 mean
+that reading was not slower. The store's files are in the page cache ("warm"), or were dropped from
+it before each request ("cold").
 
 Models: the one of this repository, and one of 56M parameters with random weights.
 """
