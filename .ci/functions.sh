@@ -24,11 +24,23 @@ need() { # program or file, Debian package that provides it
 choose() { # number of parts, names
   local parts=$1 part file index=0
   shift
-  part=$((0x$(git rev-parse HEAD | cut -c1-8) % parts))
+  part=$(part_of "$parts")
   chosen=() others=()
   for file in "$@"; do
-    if [ -n "$full" ] || [ $((index++ % parts)) = $part ]; then chosen+=("$file"); else others+=("$file"); fi
+    if [ -n "$full" ] || [ $((index++ % parts)) = "$part" ]; then chosen+=("$file"); else others+=("$file"); fi
   done
+}
+
+# Like `choose`, but neighbours stay together: names that begin alike need the same libraries.
+choose_neighbours() { # number of parts, names
+  local parts=$1 part
+  shift
+  part=$(part_of "$parts")
+  if [ -n "$full" ]; then chosen=("$@"); else chosen=("${@:1 + part * $# / parts:(part + 1) * $# / parts - part * $# / parts}"); fi
+}
+
+part_of() { # number of parts; the commit's hash selects one
+  echo $((0x$(git rev-parse HEAD | cut -c1-8) % $1))
 }
 
 # Runs pytest with one process per core. Each file runs in a single process, so that its tests share fixtures and
