@@ -76,16 +76,16 @@ std::int64_t Arena::AliasMappings(const std::int32_t* map, std::int64_t blocks) 
 Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   if (blocks <= 0) return {};
+  std::vector<std::int32_t> run(blocks);
   const auto gather = [&](std::int64_t range) {
-    std::vector<std::int32_t> run(blocks);
     for (std::int64_t i = 0; i < blocks; ++i) run[i] = map[i * ranges + range];
-    return run;
+    return run.data();
   };
   for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), gather(range).data(), blocks);
+    Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), gather(range), blocks);
     if (status.ok()) continue;
     while (--range >= 0) {
-      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, 0), gather(range).data(), blocks));
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, 0), gather(range), blocks));
     }
     return status;
   }

@@ -11,6 +11,7 @@ void SharedRuns::Set(std::int64_t slot, const std::int32_t* map, std::int64_t st
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (begin == 0) size_.fetch_add(1, std::memory_order_relaxed);
+    if (begin == 0) blocks.reserve(count);
     for (std::int64_t i = begin; i < count; ++i) blocks.push_back(map[i * stride]);
   }
   if (mirror_ == nullptr) return;
