@@ -99,7 +99,8 @@ class SpillingCalls(SwappingCalls):
 
         The call does not wait. The store's threads read into free blocks; if there are too few,
         unneeded memory and then the least valuable prefixes are reclaimed, as for `acquire_prefix`.
-        Until the ticket is ready, the blocks are in use; then `acquire_prefix` finds the tokens.
+        Until the ticket is ready, the blocks are in use, so other calls may raise OutOfBlocks.
+        Afterwards `acquire_prefix` finds the tokens.
         What cannot be read is a miss: `ticket.error` says why, and the blocks are freed.
 
         Args:
