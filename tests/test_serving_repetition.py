@@ -85,5 +85,4 @@ def test_positions_are_found_in_packed_operands(replicas: int) -> None:
         "sampling": rng.integers(0, 9, (3, size)).astype(np.int32),
     }
     packed = packer.pack(lambda tokens, sequences: (8, 6), Operands(**step))
-    at = packer.positions(packed)
-    np.testing.assert_array_equal(packed.operands[at], step["positions"])
+    np.testing.assert_array_equal(packed.operands[packed.positions], step["positions"])

@@ -48,12 +48,14 @@ class Packed:
         operands: int32[R * n] for R replicas.
         sequences: int[s]: index of each sequence among the R * S of the step.
         tokens: int[t]: index of each token among the R * T of the step.
+        positions: int[s]: where the position of each sequence is in the operands.
     """
 
     shape: tuple[int, int]
     operands: np.ndarray
     sequences: np.ndarray
     tokens: np.ndarray
+    positions: np.ndarray
 
 
 class Packer:
@@ -80,7 +82,8 @@ class Packer:
         num_tokens, size = len(step.tokens), len(step.slots)
         if self._replicas == 1:
             shape = bucket(num_tokens, size)
-            return Packed(shape, self._part(shape, step), np.arange(size), np.arange(num_tokens))
+            sequences, places = np.arange(size), np.arange(num_tokens)
+            return self._packed(shape, self._part(shape, step), sequences, places)
         owners = step.slots // self._num_slots
         token_owners = np.repeat(owners, step.counts)
         members = [np.flatnonzero(owners == r) for r in range(self._replicas)]
@@ -102,14 +105,20 @@ class Packer:
                 None if step.guesses is None else step.guesses[own],
             )
             parts.append(self._part(shape, part))
-        return Packed(shape, np.concatenate(parts), sequences, places)
+        return self._packed(shape, np.concatenate(parts), sequences, places)
 
-    def positions(self, packed: Packed) -> np.ndarray:
-        """Returns where the position of each sequence is in the operands, int[s]."""
-        num_tokens, size = packed.shape
-        replica, place = np.divmod(packed.sequences, size)
-        part = packed.operands.size // self._replicas
-        return replica * part + num_tokens + 1 + _POSITIONS * size + place
+    def _packed(
+        self,
+        shape: tuple[int, int],
+        operands: np.ndarray,
+        sequences: np.ndarray,
+        tokens: np.ndarray,
+    ) -> Packed:
+        num_tokens, size = shape
+        replica, place = np.divmod(sequences, size)
+        part = operands.size // self._replicas
+        positions = replica * part + num_tokens + 1 + _POSITIONS * size + place
+        return Packed(shape, operands, sequences, tokens, positions)
 
     def _part(self, shape: tuple[int, int], step: Operands) -> np.ndarray:
         """Packs the part of one replica, with local numbers, padded to a bucket."""

@@ -143,10 +143,6 @@ class Programs:
         """Packs the operands of a step into one array, padded to a bucket."""
         return self._packer.pack(self.bucket, step)
 
-    def positions(self, packed: Packed) -> np.ndarray:
-        """See `Packer.positions`."""
-        return self._packer.positions(packed)
-
     def step_rows(self, packed: Packed) -> int:
         """R * S, the capacity of a step in sequences."""
         return self._replicas.count * packed.shape[1]

@@ -1,6 +1,6 @@
 """Steady decoding: steps that repeat the previous one, so that little has to be packed."""
 
-import numpy as np
+import dataclasses
 
 from jax_kvpage.serving.engine.flight import Flight
 from jax_kvpage.serving.engine.packing import Operands, Packed
@@ -19,7 +19,6 @@ class Repetition:
     def __init__(self) -> None:
         self._states: list[SequenceState] = []
         self._packed: Packed | None = None
-        self._positions = np.zeros(0, np.intp)
 
     def forget(self) -> None:
         """The next step does not repeat the previous one.
@@ -28,24 +27,11 @@ class Repetition:
         """
         self._packed = None
 
-    def keep(
-        self,
-        flight: Flight,
-        step: Operands,
-        packed: Packed,
-        positions: np.ndarray,
-    ) -> None:
-        """Remembers a step.
-
-        Args:
-            flight: the step.
-            step: its operands.
-            packed: these, packed.
-            positions: indices of the positions in the packed operands.
-        """
+    def keep(self, flight: Flight, step: Operands, packed: Packed) -> None:
+        """Remembers a step, its operands, and these as they are packed."""
         repeats = flight.num_decodes == len(flight.states) and not flight.guesses
         self._packed = packed if repeats and bool((step.tokens < 0).all()) else None
-        self._states, self._positions = flight.states, positions
+        self._states = flight.states
 
     def next(self, flight: Flight) -> Packed | None:
         """Returns the packed operands of a step that repeats the one before, else None."""
@@ -58,6 +44,6 @@ class Repetition:
         ):
             return None
         operands = packed.operands.copy()
-        operands[self._positions] += 1
-        self._packed = Packed(packed.shape, operands, packed.sequences, packed.tokens)
+        operands[packed.positions] += 1
+        self._packed = dataclasses.replace(packed, operands=operands)
         return self._packed

@@ -205,8 +205,7 @@ class Runner:
             flight.num_guesses,
         )
         packed = self._programs.pack(step)
-        positions = self._programs.positions(packed)
-        self._repetition.keep(flight, step, packed, positions)
+        self._repetition.keep(flight, step, packed)
         return packed
 
     def _tokens(self, flight: Flight) -> np.ndarray:
