@@ -22,7 +22,7 @@ from .config import LlamaConfig
 from .mesh_sizes import MeshSizes
 from .model import Llama
 from .prompts import InputError
-from .serving import plain_step
+from .serving import model_step
 
 __all__ = ["AXIS", "DATA_AXIS", "make_mesh", "pool_bytes", "sharded_step"]
 
@@ -82,7 +82,7 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
             (layer.mlp.gate_up_proj, _gate_up(model.config)),
         ):
             projection.parts = tuple(max(heads // size, 1) * rows for heads, rows in parts)
-    on_shard, _ = plain_step(model, implementation)
+    on_shard, _ = model_step(model, implementation, gather=False)
     named, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model))
     weights, specs = [], []
     for path, leaf in named:

@@ -1,6 +1,7 @@
 """Serves jobs with the library's engine and measures it."""
 
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,6 @@ __all__ = [
     "figures",
     "make_draft",
     "model_step",
-    "plain_step",
     "plot_occupancy",
     "serve",
 ]
@@ -103,42 +103,27 @@ def make_draft(
     return DraftModel(step=step, params=weights, pool=memory)
 
 
-def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, list[jax.Array]]:
+def model_step(
+    model: Llama, implementation: str | None = None, *, gather: bool = True
+) -> tuple[Step, list[jax.Array]]:
     """The model in the form for the engine: a step function, and its weights as a flat list.
 
-    Each array that a program takes costs time in the thread that dispatches it. Vectors of the same
-    size, which are the scales of the norms, are therefore rows of one matrix.
+    Args:
+      model: The model.
+      implementation: As for `jax_kvpage.update_and_attend`.
+      gather: Whether vectors of the same size, which are the scales of the norms, become rows of
+        one matrix. Each array that a program takes costs time in the thread that dispatches it.
+        False: the weights are those of the model, in their order.
     """
-    plain, weights = plain_step(model, implementation)
-    rows: dict[tuple[int, jnp.dtype], list[int]] = {}
-    for index, weight in enumerate(weights):
-        if weight.ndim == 1:
-            rows.setdefault((weight.size, weight.dtype), []).append(index)
-    gathered = {index for indices in rows.values() for index in indices}
-    kept = [index for index in range(len(weights)) if index not in gathered]
-    packed = [weights[index] for index in kept]
-    packed += [jnp.stack([weights[index] for index in indices]) for indices in rows.values()]
-
-    def step(
-        packed: list[jax.Array],
-        cache: jax_kvpage.KVCache,
-        tokens: jax.Array,
-        batch: jax_kvpage.Batch,
-    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        all_weights = dict(zip(kept, packed, strict=False))
-        for indices, matrix in zip(rows.values(), packed[len(kept) :], strict=True):
-            all_weights |= zip(indices, jnp.unstack(matrix), strict=True)
-        return plain(
-            [all_weights[index] for index in range(len(all_weights))], cache, tokens, batch
-        )
-
-    return step, packed
-
-
-def plain_step(model: Llama, implementation: str | None = None) -> tuple[Step, list[jax.Array]]:
-    """Like `model_step`, with the model's parameters as the weights."""
     graph, state = nnx.split(model)
-    weights, tree = jax.tree.flatten(state)
+    leaves, tree = jax.tree.flatten(state)
+    rows: dict[tuple[int, jnp.dtype], list[int]] = {}
+    for index, leaf in enumerate(leaves if gather else ()):
+        if leaf.ndim == 1:
+            rows.setdefault((leaf.size, leaf.dtype), []).append(index)
+    gathered = set(itertools.chain.from_iterable(rows.values()))
+    kept = [index for index in range(len(leaves)) if index not in gathered]
+    matrices = [jnp.stack([leaves[index] for index in indices]) for indices in rows.values()]
 
     def step(
         weights: list[jax.Array],
@@ -146,11 +131,14 @@ def plain_step(model: Llama, implementation: str | None = None) -> tuple[Step, l
         tokens: jax.Array,
         batch: jax_kvpage.Batch,
     ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        merged = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-        rows = batch.last_rows
-        return merged(tokens, cache, batch, rows=rows, implementation=implementation)
+        found = dict(zip(kept, weights, strict=False))
+        for indices, matrix in zip(rows.values(), weights[len(kept) :], strict=True):
+            found |= zip(indices, jnp.unstack(matrix), strict=True)
+        ordered = [found[index] for index in range(len(found))]
+        merged = nnx.merge(graph, jax.tree.unflatten(tree, ordered))
+        return merged(tokens, cache, batch, rows=batch.last_rows, implementation=implementation)
 
-    return step, weights
+    return step, [*(leaves[index] for index in kept), *matrices]
 
 
 def serve(
