@@ -139,13 +139,14 @@ def refusals(path: str) -> None:
         mesh = make_mesh(2)
         sequences = {"mesh": mesh, "sequence_axis": "tp", "store": store}
         heads = {"mesh": mesh, "axis": "tp"}
-        for arguments, wanted in (
+        cases: list[tuple[dict[str, Any], str]] = [
             (sequences, "store: not with sequence_axis: nothing is committed there"),
             ({**heads, "store": store, "write_ahead": 0.5}, "write_ahead: cannot be given with"),
             ({**heads, "store": "/tmp"}, "wanted a BlockStore, a HostStore or None"),
-        ):
+        ]
+        for arguments, wanted in cases:
             with pytest.raises(ValueError, match=wanted):
-                kvp.KVPool(make_spec(2), "4MiB", **arguments)  # type: ignore[arg-type]
+                kvp.KVPool(make_spec(2), "4MiB", **arguments)
     with pytest.raises(kvp.PoolClosed):
         pool_with(2, store)
     with kvp.BlockStore(path) as store:

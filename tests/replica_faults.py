@@ -141,15 +141,16 @@ def _no_wait(kind: str) -> None:
 def refusals() -> None:
     """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(2, 2), make_spec(4)
-    for arguments, wanted in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"data_axis": "dp"}, "data_axis='dp': wanted a mesh too, got None"),
         ({"mesh": mesh}, "mesh and axis: wanted both .or mesh and data_axis"),
         ({"mesh": mesh, "data_axis": "x"}, "data_axis: the mesh has 'dp', 'tp', got 'x'"),
         ({"mesh": mesh, "axis": "dp", "data_axis": "dp"}, "wanted two axes of the mesh"),
         ({"mesh": mesh, "data_axis": "dp"}, r"axes \{'tp': 2\} are split too"),
-    ):
+    ]
+    for arguments, wanted in cases:
         with pytest.raises(ValueError, match=wanted):
-            kvp.KVPool(spec, "4MiB", **arguments)  # type: ignore[arg-type]
+            kvp.KVPool(spec, "4MiB", **arguments)
     both = r"axis='tp' and data_axis='dp' and sequence_axis='tp': give one of them(?s:.)*device: "
     with pytest.raises(ValueError, match=both):
         kvp.KVPool(
