@@ -33,10 +33,12 @@ choose() { # number of parts, names
 
 # Like `choose`, but neighbours stay together: names that begin alike need the same libraries.
 choose_neighbours() { # number of parts, names
-  local parts=$1 part
+  local parts=$1 part begin end
   shift
   part=$(part_of "$parts")
-  if [ -n "$full" ]; then chosen=("$@"); else chosen=("${@:1 + part * $# / parts:(part + 1) * $# / parts - part * $# / parts}"); fi
+  begin=$((part * $# / parts)) end=$(((part + 1) * $# / parts))
+  if [ -n "$full" ]; then begin=0 end=$#; fi
+  chosen=("${@:begin + 1:end - begin}")
 }
 
 part_of() { # number of parts; the commit's hash selects one
