@@ -3,12 +3,15 @@ calls; and the memory that 32 forks save.
 
     python benchmarks/sharing.py [--quick] [--json]
 
-All ratios are from a single run in which both sides take turns. Host calls and mappings are medians
-of the calling thread's CPU time; the time of a mapping is that of a fork less that of a fork of no
-tokens. The page table entries are created by page faults in the program that first reads the
-mapping; the second table compares these with bare calls that populate. A copy runs on another
-thread: its time is the shortest time until a fork of a partial block has run, less that of a fork
-that ends at a block boundary.
+All ratios are from a single run in which both sides take turns. Host calls and mappings are the
+calling thread's CPU time: the median, and for mappings, which are short compared with what disturbs
+them, the first decile. The time of a mapping is that of a fork less that of a fork of no
+tokens. The time of the bare calls is that of the calls and a fork of no tokens, less that of such a
+fork alone: a system call takes much longer if its code is not in the CPU's caches, and slows down
+what follows it, wherever it is made. The page table entries are created by page faults in the
+program that first reads the mapping; the second table compares these with bare calls that populate.
+A copy runs on another thread: its time is the shortest time until a fork of a partial block has
+run, less that of a fork that ends at a block boundary.
 """
 
 from __future__ import annotations
@@ -16,10 +19,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import os
-import pathlib
 import statistics
-import subprocess
 import tempfile
 import time
 from typing import Any
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import script
+from bare_runs import Runs, bare_calls
 
 import jax_kvpage as kvp
 
@@ -35,18 +36,6 @@ __all__ = ["attention_step", "measure"]
 
 _BLOCK, _KV_HEADS, _DIM = 16, 8, 128
 _BEAMS = 4
-_SOURCE = pathlib.Path(__file__).with_name("sharing.cc")
-
-
-def _bare_calls(folder: str) -> ctypes.CDLL:
-    """Compiles sharing.cc for this machine and loads it."""
-    library = os.path.join(folder, "sharing.so")
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(_SOURCE), "-o", library]
-    subprocess.run(command, check=True)
-    calls = ctypes.CDLL(library)
-    calls.map_runs.restype = calls.copy_bytes.restype = ctypes.c_double
-    return calls
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -77,61 +66,24 @@ def _spec(layers: int, layout: str, slots: int, tokens: int) -> kvp.CacheSpec:
     ).resolve("cpu")
 
 
-class _Runs:
-    """The first `count` blocks of each range of a slot, as runs of a file of bare blocks."""
-
-    def __init__(self, calls: ctypes.CDLL, pool: kvp.KVPool, slot: int, count: int) -> None:
-        size, runs = pool.spec.block_bytes, []
-        for index, blocks in enumerate(pool.block_map(slot)):
-            at = index * (count + 1)  # in a pool, a hole follows the blocks of each range
-            numbers = [number for number, _ in blocks[:count]]
-            for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-                members = [number for _, number in run]
-                runs.append((members[0] * size, len(members) * size, at * size))
-                at += len(members)
-        columns = np.asarray(runs, np.int64).T.copy()
-        self._offsets, self._lengths, self._places = (
-            column.ctypes.data_as(ctypes.c_void_p) for column in columns
-        )
-        self._calls, self._columns, self._size = calls, columns, size
-        self.count = len(runs)
-        self._file_bytes = ctypes.c_int64(int((columns[0] + columns[1]).max()))
-        self._fd = calls.make_blocks(
-            self._offsets, self._lengths, ctypes.c_int64(self.count), self._file_bytes
-        )
-        if self._fd < 0:
-            raise OSError("no memory for the bare blocks")
-
-    def map(self, populate: bool) -> float:
-        """Makes the bare mmap calls; returns seconds."""
-        reserved = ctypes.c_int64(int((self._columns[1] + self._columns[2]).max()) + self._size)
-        return self._calls.map_runs(
-            self._fd,
-            self._offsets,
-            self._lengths,
-            self._places,
-            ctypes.c_int64(self.count),
-            reserved,
-            ctypes.c_bool(populate),
-        )
-
-    def close(self) -> None:
-        self._calls.free_blocks(self._fd)
+def _empty_slot(pool: kvp.KVPool, cache: kvp.KVCache, slot: int) -> kvp.KVCache:
+    """Unmaps what the previous fork left in its slot, which the next fork would do otherwise."""
+    slots, cache = pool.fork(cache, slot, 1, 0)
+    return jax.block_until_ready(pool.release(cache, slots))
 
 
 def _fork(
-    pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int
-) -> tuple[float, float, kvp.KVCache]:
-    """Forks and releases: CPU seconds of the call, and seconds until its program has run."""
-    # A fork unmaps the blocks of the previous one in its slot, so do that before measuring.
-    slots, cache = pool.fork(cache, slot, 1, 0)
-    cache = jax.block_until_ready(pool.release(cache, slots))
-    begin, cpu = time.perf_counter(), time.thread_time()
+    pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int, num_bare: int, runs: Runs
+) -> tuple[float, kvp.KVCache]:
+    """Makes bare calls and a fork, and undoes them: CPU seconds of both together."""
+    cache = _empty_slot(pool, cache, slot)
+    begin = time.thread_time()
+    runs.map(populate=False, count=num_bare)
     slots, cache = pool.fork(cache, slot, 1, tokens)
-    called = time.thread_time() - cpu
+    seconds = time.thread_time() - begin
     jax.block_until_ready(cache)
-    done = time.perf_counter() - begin
-    return called, done, jax.block_until_ready(pool.release(cache, slots))
+    runs.unmap()
+    return seconds, jax.block_until_ready(pool.release(cache, slots))
 
 
 def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
@@ -143,18 +95,20 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
             capacity = 2 * spec.num_ranges * (count + 2) * spec.block_bytes
             with kvp.KVPool(spec, capacity) as pool:
                 slot, cache = _donor(pool, count * _BLOCK + 1)
-                runs = _Runs(calls, pool, slot, count)
-                ours, empty, bare, populated = [], [], [], []
-                for _ in range(rounds):
-                    seconds, _, cache = _fork(pool, cache, slot, count * _BLOCK)
-                    ours.append(seconds)
-                    bare.append(runs.map(populate=False))
-                    populated.append(runs.map(populate=True))
-                    seconds, _, cache = _fork(pool, cache, slot, 0)
-                    empty.append(seconds)
+                runs = Runs(calls, pool, slot, count)
+                cases = {"ours": (count * _BLOCK, 0), "bare": (0, runs.count), "neither": (0, 0)}
+                orders = list(itertools.permutations(cases))
+                times: dict[str, list[float]] = {name: [] for name in cases}
+                for i in range(rounds):
+                    for name in orders[i % len(orders)]:
+                        seconds, cache = _fork(pool, cache, slot, *cases[name], runs)
+                        times[name].append(seconds)
+                # Apart, because they evict everything from the CPU's caches.
+                populated = [runs.populate() for _ in range(rounds // 4)]
                 runs.close()
-            mapping = statistics.median(ours) - statistics.median(empty)
-            single = statistics.median(bare)
+            lowest = {name: statistics.quantiles(times[name], n=10)[0] for name in cases}
+            mapping = lowest["ours"] - lowest["neither"]
+            bare = lowest["bare"] - lowest["neither"]
             rows.append(
                 {
                     "layout": layout,
@@ -162,10 +116,10 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
                     "blocks a range": count,
                     "mmap calls": runs.count,
                     "us mapping": mapping * 1e6,
-                    "us bare": single * 1e6,
+                    "us bare": bare * 1e6,
                     "us populated": statistics.median(populated) * 1e6,
-                    "ratio": mapping / single,
-                    "us a fork": statistics.median(ours) * 1e6,
+                    "ratio": mapping / bare,
+                    "us a fork": statistics.median(times["ours"]) * 1e6,
                 }
             )
     return rows
@@ -190,14 +144,13 @@ def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
         capacity = spec.num_ranges * (blocks + 2 + 3 * forks) * spec.block_bytes
         with kvp.KVPool(spec, capacity) as pool:
             slot, cache = _donor(pool, blocks * _BLOCK + 1)
-            runs = _Runs(calls, pool, slot, blocks)
+            runs = Runs(calls, pool, slot, blocks)
             q = jnp.ones((forks, 4 * _KV_HEADS, _DIM), jnp.bfloat16)
             k = jnp.ones((forks, _KV_HEADS, _DIM), jnp.bfloat16)
             times: list[list[float]] = []
             populated = []
             for _ in range(rounds + 1):  # the first one compiles
-                slots, cache = pool.fork(cache, slot, 1, 0)
-                cache = jax.block_until_ready(pool.release(cache, slots))
+                cache = _empty_slot(pool, cache, slot)
                 marks = [time.perf_counter()]
                 slots, cache = pool.fork(cache, slot, forks)
                 marks.append(time.perf_counter())
@@ -207,7 +160,7 @@ def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
                     marks.append(time.perf_counter())
                 times.append([end - begin for begin, end in itertools.pairwise(marks)])
                 cache = jax.block_until_ready(pool.release(cache, slots))
-                populated.append(runs.map(populate=True))
+                populated.append(runs.populate())
             runs.close()
         parts = zip(*times[1:], strict=True)
         fork, first, second = (1e6 * statistics.median(part) for part in parts)
@@ -224,6 +177,18 @@ def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _until_run(
+    pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int
+) -> tuple[float, kvp.KVCache]:
+    """Forks and releases: seconds until the fork's program has run."""
+    cache = _empty_slot(pool, cache, slot)
+    begin = time.perf_counter()
+    slots, cache = pool.fork(cache, slot, 1, tokens)
+    jax.block_until_ready(cache)
+    seconds = time.perf_counter() - begin
+    return seconds, jax.block_until_ready(pool.release(cache, slots))
 
 
 def _copies(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
@@ -244,10 +209,10 @@ def _copies(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
             )
             partial, whole, bare = [], [], []
             for _ in range(rounds):
-                _, seconds, cache = _fork(pool, cache, slot, 2 * _BLOCK - 1)
+                seconds, cache = _until_run(pool, cache, slot, 2 * _BLOCK - 1)
                 partial.append(seconds)
                 bare.append(calls.copy_bytes(fd, file_bytes, ctypes.c_int64(size)))
-                _, seconds, cache = _fork(pool, cache, slot, _BLOCK)
+                seconds, cache = _until_run(pool, cache, slot, _BLOCK)
                 whole.append(seconds)
             calls.free_blocks(fd)
         copy = min(partial) - min(whole)
@@ -321,10 +286,10 @@ def measure(quick: bool) -> dict[str, Any]:
     """The five tables."""
     rounds = 15 if quick else 40
     with tempfile.TemporaryDirectory() as folder:
-        calls = _bare_calls(folder)
+        calls = bare_calls(folder)
         return {
             "tables": {
-                "shared blocks and the bare mmap calls": _aliases(calls, rounds),
+                "shared blocks and the bare mmap calls": _aliases(calls, 6 * rounds),
                 "forks and the steps that read them": _first_steps(calls, rounds // 2),
                 "a copied block and memcpy": _copies(calls, rounds),
                 "host calls": _calls(rounds),

@@ -39,23 +39,33 @@ extern "C" int make_blocks(const std::int64_t* offsets, const std::int64_t* leng
 
 extern "C" void free_blocks(int fd) { close(fd); }
 
-// CPU seconds to map the runs read-only, each where `places` says inside a reserved range of `bytes`, with their page
-// table entries if `populate`; below 0 on failure.
-extern "C" double map_runs(int fd, const std::int64_t* offsets, const std::int64_t* lengths, const std::int64_t* places,
-                           std::int64_t runs, std::int64_t bytes, bool populate) {
+// An address range to map runs in; null on failure.
+extern "C" void* reserve_range(std::int64_t bytes) {
+  void* base =
+      mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return base == MAP_FAILED ? nullptr : base;
+}
+
+// Unmaps all runs of the range; 0 if it worked.
+extern "C" int empty_range(void* base, std::int64_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE;
+  return mmap(base, static_cast<std::size_t>(bytes), PROT_READ, flags, -1, 0) == MAP_FAILED;
+}
+
+extern "C" void free_range(void* base, std::int64_t bytes) { munmap(base, static_cast<std::size_t>(bytes)); }
+
+// Maps the runs read-only where `places` says, in the range, with their page table entries if `populate`. Returns CPU
+// seconds; below 0 on failure.
+extern "C" double map_runs(void* base, int fd, const std::int64_t* offsets, const std::int64_t* lengths,
+                           const std::int64_t* places, std::int64_t runs, bool populate) {
   const int flags = MAP_SHARED | MAP_FIXED | (populate ? MAP_POPULATE : 0);
-  char* base = static_cast<char*>(
-      mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  if (base == MAP_FAILED) return -1;
   bool failed = false;
   const double begin = ThreadSeconds();
   for (std::int64_t i = 0; i < runs; ++i) {
-    failed |=
-        mmap(base + places[i], static_cast<std::size_t>(lengths[i]), PROT_READ, flags, fd, offsets[i]) == MAP_FAILED;
+    failed |= mmap(static_cast<char*>(base) + places[i], static_cast<std::size_t>(lengths[i]), PROT_READ, flags, fd,
+                   offsets[i]) == MAP_FAILED;
   }
-  const double seconds = ThreadSeconds() - begin;
-  munmap(base, static_cast<std::size_t>(bytes));
-  return failed ? -1 : seconds;
+  return failed ? -1 : ThreadSeconds() - begin;
 }
 
 // Wall seconds to copy `bytes` at the front of a mapping of the file to its end.
