@@ -310,7 +310,8 @@ class Server:
         for i, more in zip(speculating.tolist(), accepted, strict=True):
             self.known[plan.sequences[i]] += more
             self.computed[plan.sequences[i]] += more
-        self.scheduler.add_tokens(plan.rows[speculating], np.asarray(accepted))
+        if any(accepted):
+            self.scheduler.add_tokens(plan.rows[speculating], np.asarray(accepted))
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Of a group's decoding sequences, either all run or none."""

@@ -72,7 +72,7 @@ def test_repeated_steps_equal_packed_ones(
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_positions_are_found_in_packed_operands(replicas: int) -> None:
+def test_moved_operands_are_those_of_higher_positions(replicas: int) -> None:
     packer, rng = Packer(4, replicas, 8), np.random.default_rng(replicas)
     slots = np.asarray([5, 17, 1, 18, 9][: 2 + replicas], np.int32) % (8 * replicas)
     size = len(slots)
@@ -84,5 +84,10 @@ def test_positions_are_found_in_packed_operands(replicas: int) -> None:
         "positions": rng.integers(1000, 2000, size).astype(np.int32),
         "sampling": rng.integers(0, 9, (3, size)).astype(np.int32),
     }
-    packed = packer.pack(lambda tokens, sequences: (8, 6), Operands(**step))
-    np.testing.assert_array_equal(packed.operands[packed.positions], step["positions"])
+
+    def pack() -> Packed:
+        return packer.pack(lambda tokens, sequences: (8, 6), Operands(**step))
+
+    moved = pack().moved()
+    step["positions"] = step["positions"] + 1
+    np.testing.assert_array_equal(moved.operands, pack().operands)

@@ -42,7 +42,7 @@ class Fork:
     room: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class StepPlan:
     """One step. Carry it out in the order of the attributes, then ask for the next plan.
 
@@ -95,6 +95,32 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that the step runs."""
         return int(self.counts.sum())
+
+    def again(self) -> "StepPlan":
+        """Returns the plan of the next step, in which the same sequences decode one more token.
+
+        The plan must change no memory, and all of its sequences must decode.
+        """
+        return StepPlan(
+            step=self.step + 1,
+            finished=(),
+            preempted=(),
+            swap=(),
+            release=(),
+            forks=(),
+            admissions=(),
+            extend_rows=self.extend_rows,
+            extend_tokens=self.extend_tokens,
+            rows=self.rows,
+            begins=self.begins + 1,
+            counts=self.counts,
+            samples=self.samples,
+            sequences=self.sequences,
+            num_decodes=self.num_decodes,
+            ending=(),
+            num_stalled=0,
+            free_blocks=0,
+        )
 
     @property
     def is_empty(self) -> bool:

@@ -93,6 +93,8 @@ class Planner:
             self.cancel,
         )
         self._ran = False  # whether the last plan ran anything
+        self._last: StepPlan | None = None
+        self._repeats = 0  # how often the last plan can be repeated before a row needs anything
 
     @property
     def num_running(self) -> int:
@@ -102,8 +104,12 @@ class Planner:
     @property
     def has_left(self) -> bool:
         """Whether anything is left to plan besides the queue, including releases."""
-        running = self._running
-        return bool(running.groups or running.released or self._finished)
+        return bool(self._running.groups or self._has_changes)
+
+    @property
+    def _has_changes(self) -> bool:
+        """Whether the next plan must say that groups have ended or rows were released."""
+        return bool(self._running.released or self._finished)
 
     def running(self) -> tuple[SequenceGroup, ...]:
         """Groups that have memory, in scheduling order."""
@@ -166,6 +172,23 @@ class Planner:
         self._ending = []
         self._running.release_donors(self._forks)
 
+    def repeat(self) -> StepPlan | None:
+        """Returns the last plan, one token later, if planning would give the same.
+
+        That is most steps of a steady decode, and much cheaper than a new plan.
+        """
+        rows, last = self._rows, self._last
+        if not self._repeats or last is None or self._has_changes or rows.has_drafts:
+            return None
+        # Prompts, forks and shortage change the rows: then the array is another one.
+        if last.rows is not rows.decodes()[0] or (rows.num_free and self._queue.head()):
+            return None
+        self._repeats -= 1
+        rows.advance_decodes()
+        self._last = last.again()
+        self.stats.steps += 1
+        return self._last
+
     def plan_running(self) -> StepBuilder:
         """Starts a plan with the sequences that have memory."""
         step = self._begin()
@@ -200,9 +223,10 @@ class Planner:
         for key in running.done_prefixes:
             self._queue.let_go(key)
         running.done_prefixes.clear()
-        rows.drop_drafts()
         self._ran = not plan.is_empty
         self.stats.planned(plan)
+        self._last, self._repeats = plan, self._num_repeats(plan)
+        rows.drop_drafts()
         return plan
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
@@ -251,6 +275,15 @@ class Planner:
         """
         self._ending = [other for other in self._ending if other is not sequence]
         return start_from(self._rows, self._running, plan, sequence, num_cached)
+
+    def _num_repeats(self, plan: StepPlan) -> int:
+        """In how many further steps the rows of a plan need no memory and reach no limit."""
+        rows, decodes = self._rows, plan.rows
+        if not (decodes.size and self._trust.is_full) or rows.has_drafts or plan.extend_rows.size:
+            return 0
+        room = rows.room[decodes] - rows.computed[decodes]
+        left = rows.limit[decodes] - rows.known[decodes] - 1
+        return int(np.minimum(room, left).min())
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         group, waits = sequence.group, sequence.group.status is not Status.RUNNING

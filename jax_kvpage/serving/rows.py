@@ -42,9 +42,9 @@ class Rows:
     def __init__(self, size: int, block_tokens: int, first: int = 0) -> None:
         self.block_tokens = block_tokens
         self.first = first
-        self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = np.zeros(
-            (6, size), np.int32
-        )
+        counts = np.zeros((6, size), np.int32)
+        self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = counts
+        self._advancing = counts[:2]
         self.has_drafts = False
         self.decoding = np.zeros(size, bool)
         self.sequences: list[Sequence | None] = [None] * size
@@ -122,6 +122,10 @@ class Rows:
         if self.decoding[row] != decoding:
             self.decoding[row] = decoding
             self._decodes = None
+
+    def advance_decodes(self) -> None:
+        """Counts one token more, known and computed, for all decoding rows."""
+        np.add(self._advancing, 1, out=self._advancing, where=self.decoding)
 
     def own_blocks(self, row: int) -> int:
         """Blocks that only this row holds."""

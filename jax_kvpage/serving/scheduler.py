@@ -122,6 +122,8 @@ class Scheduler(Planner):
         self.settle()
         for group in self._door.deadlines.passed(now):
             self.cancel(group, "deadline")
+        if (same := self.repeat()) is not None:
+            return same
         step = self.plan_running()
         if step.takes_new:
             self.starter.start(step)

@@ -17,7 +17,7 @@ from jax_kvpage.serving.plan import StepPlan
 __all__ = ["Flight", "StepFailed", "Token"]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Flight:
     """A step in flight, from dispatch to read-back.
 
@@ -90,6 +90,8 @@ class Flight:
     @property
     def num_prompt_tokens(self) -> int:
         """Number of tokens besides those of decoding sequences."""
+        if self.num_decodes == len(self.states):
+            return 0
         return sum(self.counts[self.num_decodes :].tolist())
 
     def guided(self) -> list[tuple[int, Guide, list[int]]]:

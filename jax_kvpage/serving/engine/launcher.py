@@ -62,8 +62,7 @@ class Launcher:
         variant = self._num_guesses if verifies or targets is not None else 0
         masks = None
         if guided:
-            places = packed.sequences.tolist()
-            placed = [(places[i], guide, tokens) for i, guide, tokens in guided]
+            placed = [(packed.sequences[i], guide, tokens) for i, guide, tokens in guided]
             masks = fill_masks(
                 placed, self._programs.step_rows(packed), variant + 1, self._programs.num_words
             )

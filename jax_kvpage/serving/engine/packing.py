@@ -5,7 +5,7 @@ the sequences whose slots are on the replica, with replica-local slot and row nu
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,14 +48,19 @@ class Packed:
         operands: int32[R * n] for R replicas.
         sequences: int[s]: index of each sequence among the R * S of the step.
         tokens: int[t]: index of each token among the R * T of the step.
-        positions: int[s]: where the position of each sequence is in the operands.
+        positions: int32[R * n]: 1 where the operands have the position of a sequence, else 0.
     """
 
     shape: tuple[int, int]
     operands: np.ndarray
-    sequences: np.ndarray
+    sequences: Sequence[int]
     tokens: np.ndarray
     positions: np.ndarray
+
+    def moved(self) -> "Packed":
+        """Returns the same step with all positions one higher."""
+        operands = self.operands + self.positions
+        return Packed(self.shape, operands, self.sequences, self.tokens, self.positions)
 
 
 class Packer:
@@ -82,8 +87,8 @@ class Packer:
         num_tokens, size = len(step.tokens), len(step.slots)
         if self._replicas == 1:
             shape = bucket(num_tokens, size)
-            sequences, places = np.arange(size), np.arange(num_tokens)
-            return self._packed(shape, self._part(shape, step), sequences, places)
+            places = np.arange(num_tokens)
+            return self._packed(shape, self._part(shape, step), range(size), places)
         owners = step.slots // self._num_slots
         token_owners = np.repeat(owners, step.counts)
         members = [np.flatnonzero(owners == r) for r in range(self._replicas)]
@@ -105,20 +110,20 @@ class Packer:
                 None if step.guesses is None else step.guesses[own],
             )
             parts.append(self._part(shape, part))
-        return self._packed(shape, np.concatenate(parts), sequences, places)
+        return self._packed(shape, np.concatenate(parts), sequences.tolist(), places)
 
     def _packed(
         self,
         shape: tuple[int, int],
         operands: np.ndarray,
-        sequences: np.ndarray,
+        sequences: Sequence[int],
         tokens: np.ndarray,
     ) -> Packed:
         num_tokens, size = shape
-        replica, place = np.divmod(sequences, size)
-        part = operands.size // self._replicas
-        positions = replica * part + num_tokens + 1 + _POSITIONS * size + place
-        return Packed(shape, operands, sequences, tokens, positions)
+        replica, place = np.divmod(np.asarray(sequences, np.intp), size)
+        positions = np.zeros((self._replicas, operands.size // self._replicas), np.int32)
+        positions[replica, num_tokens + 1 + _POSITIONS * size + place] = 1
+        return Packed(shape, operands, sequences, tokens, positions.reshape(-1))
 
     def _part(self, shape: tuple[int, int], step: Operands) -> np.ndarray:
         """Packs the part of one replica, with local numbers, padded to a bucket."""

@@ -1,7 +1,5 @@
 """Steady decoding: steps that repeat the previous one, so that little has to be packed."""
 
-import dataclasses
-
 from jax_kvpage.serving.engine.flight import Flight
 from jax_kvpage.serving.engine.packing import Operands, Packed
 from jax_kvpage.serving.engine.tracking import SequenceState
@@ -43,7 +41,5 @@ class Repetition:
             or flight.states != self._states
         ):
             return None
-        operands = packed.operands.copy()
-        operands[packed.positions] += 1
-        self._packed = dataclasses.replace(packed, operands=operands)
+        self._packed = packed.moved()
         return self._packed

@@ -232,13 +232,15 @@ class Runner:
             if flight.error is None:  # Ctrl-C while it was compiled
                 raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
-        chosen = self._programs.read_back(flight.outcome)[flight.packed.sequences]
-        each = chosen.shape[1] - 1
-        accepted = np.where(flight.samples, chosen[:, -1], 0) if flight.guesses else None
+        rows = self._programs.read_back(flight.outcome).tolist()
+        chosen = [rows[index] for index in flight.packed.sequences]
+        accepted = None
+        if flight.guesses:
+            accepted = np.where(flight.samples, np.asarray([row[-1] for row in chosen]), 0)
         if flight.outcome.scores is not None:
             take_scores(flight, jax.device_get(flight.outcome.scores)[flight.packed.tokens])
         found, details = [], None
-        places = zip(flight.states, flight.samples.tolist(), chosen.tolist(), strict=True)
+        places = zip(flight.states, flight.samples.tolist(), chosen, strict=True)
         for i, (state, samples, row) in enumerate(places):
             if not samples:
                 continue
@@ -250,7 +252,7 @@ class Runner:
                 if count is not None:
                     if details is None:
                         details = jax.device_get(flight.outcome.details)
-                    at = int(flight.packed.sequences[i]) * each + place
+                    at = flight.packed.sequences[i] * (len(row) - 1) + place
                     logprobs = logprob_table(token, count, details[at])
                 found.append(Token(state, token, logprobs))
         return found, accepted

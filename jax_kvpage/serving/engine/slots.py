@@ -101,6 +101,8 @@ class Slots(SlotCalls):
         Returns:
             The plan to run.
         """
+        if not (plan.forks or plan.admissions or plan.extend_rows.size):
+            return plan
         refused: list[Sequence] = []
         for fork in plan.forks:
             if states[fork.parent].computed < fork.num_tokens:

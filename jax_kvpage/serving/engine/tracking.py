@@ -35,6 +35,23 @@ class SequenceState:
         ended: whether the caller has seen its end.
     """
 
+    __slots__ = (
+        "_text",
+        "committed",
+        "computed",
+        "ended",
+        "furthest",
+        "guide",
+        "ids",
+        "lookup",
+        "output",
+        "request",
+        "room",
+        "row",
+        "sequence",
+        "slot",
+    )
+
     def __init__(
         self, request: "RequestState", sequence: Sequence, output: CompletionOutput
     ) -> None:
@@ -174,6 +191,22 @@ class RequestState:
         search: the beam search; None for sampling.
         beams: its sequences in the order of the search's beams.
     """
+
+    __slots__ = (
+        "_searched",
+        "beams",
+        "detokenize",
+        "eos",
+        "group",
+        "guide",
+        "namespace",
+        "output",
+        "params",
+        "scores",
+        "search",
+        "seed",
+        "sequences",
+    )
 
     def __init__(
         self,
