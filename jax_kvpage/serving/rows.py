@@ -43,8 +43,8 @@ class Rows:
         self.block_tokens = block_tokens
         self.first = first
         counts = np.zeros((6, size), np.int32)
-        self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = counts
-        self._advancing = counts[:2]
+        self._known, self._computed, self.room, self.limit, self.prompt, self.drafts = counts
+        self._uncounted = 0  # tokens of each decoding row that are not in the arrays yet
         self.has_drafts = False
         self.decoding = np.zeros(size, bool)
         self.sequences: list[Sequence | None] = [None] * size
@@ -57,6 +57,20 @@ class Rows:
         self._free_rows = list(range(size - 1, -1, -1))
         self._free_groups = list(range(size - 1, -1, -1))
         self._decodes: tuple[np.ndarray, tuple[Sequence, ...]] | None = None
+
+    @property
+    def known(self) -> np.ndarray:
+        """See the class."""
+        if self._uncounted:
+            self._count()
+        return self._known
+
+    @property
+    def computed(self) -> np.ndarray:
+        """See the class."""
+        if self._uncounted:
+            self._count()
+        return self._computed
 
     @property
     def num_free(self) -> int:
@@ -120,12 +134,24 @@ class Rows:
     def set_decoding(self, row: int, decoding: bool) -> None:
         """Sets whether the sequence in a row runs one token per step."""
         if self.decoding[row] != decoding:
+            if self._uncounted:
+                self._count()
             self.decoding[row] = decoding
             self._decodes = None
 
     def advance_decodes(self) -> None:
-        """Counts one token more, known and computed, for all decoding rows."""
-        np.add(self._advancing, 1, out=self._advancing, where=self.decoding)
+        """Counts one more token, known and computed, for all decoding rows.
+
+        The arrays change when they are read next: most steps of a steady decode do not need them,
+        and NumPy calls are slow when the model has displaced their code from the CPU's caches.
+        """
+        self._uncounted += 1
+
+    def _count(self) -> None:
+        rows, more = self.decodes()[0], self._uncounted
+        self._uncounted = 0
+        self._known[rows] += more
+        self._computed[rows] += more
 
     def own_blocks(self, row: int) -> int:
         """Blocks that only this row holds."""
