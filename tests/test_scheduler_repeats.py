@@ -12,6 +12,7 @@ from covering import num_cases
 from scheduler_model import PlainMemory, Server
 
 from jax_kvpage.serving import ExpectedGrowth, SequenceGroup, Status, StepPlan
+from jax_kvpage.serving.rows import Rows
 
 
 def _server(seed: int) -> Server:
@@ -114,6 +115,18 @@ def test_a_steady_decode_is_mostly_repeated() -> None:
         server.add(num_prompt_tokens=5, max_tokens=64)
     while server.scheduler.has_unfinished:
         server.step()
-    # A step in every 16 needs blocks, and the next one finds that it can be repeated.
-    assert len(repeated) > 64 * 3 // 4
+    # Of 63 steps, one in 16 needs blocks; the first computes prompts, the last ends sequences.
+    assert len(repeated) > 55
     assert all(np.array_equal(plan.counts, np.ones(4)) for plan in repeated)
+
+
+def test_tokens_are_counted_for_the_rows_that_decoded() -> None:
+    rows = Rows(4, 16)
+    rows.set_decoding(0, True)
+    rows.set_decoding(1, True)
+    rows.advance_decodes()
+    rows.advance_decodes()
+    rows.set_decoding(1, False)
+    rows.set_decoding(2, True)
+    rows.advance_decodes()
+    assert rows.known.tolist() == rows.computed.tolist() == [3, 2, 1, 0]

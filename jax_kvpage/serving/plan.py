@@ -8,6 +8,8 @@ from jax_kvpage.serving.request import Sequence, SequenceGroup
 
 __all__ = ["Admission", "Fork", "StepPlan"]
 
+_NONE = np.zeros(0, np.int32)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Admission:
@@ -99,7 +101,7 @@ class StepPlan:
     def again(self) -> "StepPlan":
         """Returns the plan of the next step, in which the same sequences decode one more token.
 
-        The plan must change no memory, and all of its sequences must decode.
+        All sequences must decode, and nothing may have ended or need memory since.
         """
         return StepPlan(
             step=self.step + 1,
@@ -109,8 +111,8 @@ class StepPlan:
             release=(),
             forks=(),
             admissions=(),
-            extend_rows=self.extend_rows,
-            extend_tokens=self.extend_tokens,
+            extend_rows=_NONE,
+            extend_tokens=_NONE,
             rows=self.rows,
             begins=self.begins + 1,
             counts=self.counts,

@@ -245,7 +245,7 @@ class Planner:
         Returns:
             The plan to carry out instead.
         """
-        refused = list(sequences)
+        refused, self._repeats = list(sequences), 0
         groups = dict.fromkeys(sequence.group for sequence in refused)
         left = without(plan, groups, refused)
         for row in {sequence.row for sequence in refused} & self._room_before.keys():
@@ -279,8 +279,10 @@ class Planner:
     def _num_repeats(self, plan: StepPlan) -> int:
         """In how many further steps the rows of a plan need no memory and reach no limit."""
         rows, decodes = self._rows, plan.rows
-        if not (decodes.size and self._trust.is_full) or rows.has_drafts or plan.extend_rows.size:
+        if not (decodes.size and self._trust.is_full) or rows.has_drafts:
             return 0
+        if plan.extend_rows.size and decodes.size > rows.block_tokens:
+            return 0  # most steps need blocks: looking for others is not worth its time
         room = rows.room[decodes] - rows.computed[decodes]
         left = rows.limit[decodes] - rows.known[decodes] - 1
         return int(np.minimum(room, left).min())
