@@ -194,23 +194,29 @@ bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
   std::map<std::string, double> used;
   for (const FolderEntry& entry : entries) used[entry.name] = entry.used;
   std::vector<std::string> plan;
+  std::vector<std::int64_t> sizes;
+  // Not bytes() at the end: for what other threads and processes add meanwhile, they make room themselves.
+  std::int64_t left = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     plan = directory_.PlanEviction(limit - swapped_bytes_, used, kept);
+    for (const std::string& name : plan) sizes.push_back(directory_.BytesOf(name));
+    left = directory_.bytes() + swapped_bytes_;
   }
-  for (const std::string& name : plan) {
+  for (std::size_t i = 0; i < plan.size(); ++i) {
+    const std::string& name = plan[i];
     if (!folder_.Remove(name)) {
       NoteError(FileError("remove " + name + " from " + folder_.path(), errno));
       continue;
     }
+    left -= sizes[i];
     const std::lock_guard<std::mutex> lock(mutex_);
-    const std::int64_t before = directory_.bytes();
     NoteLost(name);
-    directory_.Remove(name);
+    directory_.Remove(name);  // unless a refresh has found that the file is gone
     ++numbers_.files_evicted;
-    numbers_.bytes_evicted += before - directory_.bytes();
+    numbers_.bytes_evicted += sizes[i];
   }
-  return bytes() <= limit;
+  return left <= limit;
 }
 
 void Catalog::Maintain() {

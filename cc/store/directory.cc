@@ -139,6 +139,11 @@ Problem Directory::ProblemOf(const std::string& name) const {
   return found == files_.end() ? Problem::kGone : slots_[found->second].problem;
 }
 
+std::int64_t Directory::BytesOf(const std::string& name) const {
+  const auto found = files_.find(name);
+  return found == files_.end() ? 0 : slots_[found->second].bytes;
+}
+
 std::vector<std::string> Directory::Names() const {
   std::vector<std::string> names;
   names.reserve(files_.size());

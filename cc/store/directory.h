@@ -46,6 +46,8 @@ class Directory {
   bool Has(const std::string& name) const { return files_.count(name) > 0; }
   // The problem with a file; kGone if there is no such file.
   Problem ProblemOf(const std::string& name) const;
+  // The size of a file; 0 if there is no such file.
+  std::int64_t BytesOf(const std::string& name) const;
   std::vector<std::string> Names() const;
 
   // The longest stored prefix of `tokens` in full blocks, as consecutive parts starting at block 0.

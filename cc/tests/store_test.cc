@@ -267,6 +267,23 @@ TEST(StoreTest, ManyThreadsWriteAndRead) {
   EXPECT_GT(read, 0);
 }
 
+TEST(StoreTest, ThreadsThatWriteBesideEachOtherFindRoom) {
+  const TemporaryFolder folder;
+  StoreOptions options = SmallOptions();
+  options.limit_bytes = 4 * (4096 + 4 * 2000) + 100;  // four files
+  const auto one = OpenStore(folder, options), two = OpenStore(folder, options);
+  std::vector<std::thread> threads;
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      BlockStore* const store = i % 2 == 0 ? one.get() : two.get();
+      for (std::uint32_t n = 0; n < 100; ++n) {
+        EXPECT_OK(WriteNow(store, MakeRun(SmallShape(), MakeTokens(4, 100 * i + n + 1))));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 TEST(StoreTest, InspectionListsVerifiesAndPrunes) {
   const TemporaryFolder folder;
   {
