@@ -6,6 +6,7 @@ raises ValueError and changes nothing. Values that NumPy or JAX would wrap silen
 
 import contextlib
 import functools
+import numbers
 import operator
 from array import array as packed
 from typing import Any
@@ -40,6 +41,7 @@ def _wrong(name: str, wanted: str, value: Any) -> ValueError:
             f"{name}: wanted {wanted} known to the host, got the traced {jax.typeof(value)}: make "
             "this call outside of jit, scan and vmap, or give it a Python value"
         )
+    wanted = wanted.rstrip(",")
     return ValueError(f"{name}: wanted {wanted}, got {type(value).__name__} {_show(value)}")
 
 
@@ -137,7 +139,7 @@ def token_ids_of(name: str, value: Any) -> tuple[list[np.ndarray], bool]:
 
 
 def _is_scalar(value: Any) -> bool:
-    return type(value) is int or getattr(value, "ndim", None) == 0
+    return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
 
 
 def _is_int(value: Any) -> bool:
@@ -148,9 +150,11 @@ def _token_ids(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1:
         return np.ascontiguousarray(value)
     if isinstance(value, list) and value and _is_int(value[0]):  # what tokenizers return
-        # Rejects everything except integers that fit; faster than np.array.
+        # Rejects everything except bools and integers that fit; faster than np.array.
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return np.frombuffer(packed("i", value), np.int32)
+            array = np.frombuffer(packed("i", value), np.int32)
+            if not any(_is_bool(value[i]) for i in np.flatnonzero(array >> 1 == 0).tolist()):
+                return array
     ids, single = host_ints(name, value)
     if single:
         raise _wrong(name, "a list, tuple or one-dimensional array of ints,", value)

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import jax
 
 from jax_kvpage import views
-from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._arrays import as_bool, host_int, host_ints
 from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage._native import Code, Pool
 from jax_kvpage._native_pool import NativePool
@@ -109,7 +109,7 @@ class Inspection(ReplicaCalls):
             PoolClosed: the pool is closed.
         """
         slot = host_int("block_map: slot", slot)
-        if owners:
+        if as_bool("block_map: owners", owners):
             return make_block_map(self._native.call(self._pool.block_owners, slot))
         return self._native.call(self._pool.block_map, slot)
 

@@ -21,6 +21,8 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
     """
     ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
     if store is None:
+        if write_ahead is not None:
+            raise ValueError("KVPool: write_ahead: give a store too, to which blocks are written")
         return ahead
     if not isinstance(store, (BlockStore, HostStore)):
         raise ValueError(f"KVPool: store: wanted a BlockStore, a HostStore or None, got {store!r}")

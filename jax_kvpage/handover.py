@@ -23,6 +23,7 @@ from jax_kvpage._native import Decision
 from jax_kvpage._native import Handover as NativeHandover
 from jax_kvpage._native_pool import NativePool, checked
 from jax_kvpage._queue import Queue
+from jax_kvpage._values import as_text
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import wait_for
 
@@ -304,5 +305,4 @@ def _number(descriptor: Any) -> int:
 
 
 def _check_fingerprint(op: str, fingerprint: Any) -> None:
-    if not isinstance(fingerprint, str):
-        raise ValueError(f"{op}: fingerprint: wanted a str, got {fingerprint!r}")
+    as_text(f"{op}: fingerprint", fingerprint)

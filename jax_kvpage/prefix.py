@@ -11,6 +11,7 @@ from jax_kvpage import events as kv_events
 from jax_kvpage._arrays import as_bool, host_int, host_ints, token_ids_of
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import PrefixRequest, Queue
+from jax_kvpage._values import as_text, host_float
 from jax_kvpage.cache import KVCache
 from jax_kvpage.spec import CacheSpec
 
@@ -276,15 +277,12 @@ def namespace_key(call: str, name: Any) -> str:
     """The name of a namespace in the compiled index.
 
     Raises:
-        ValueError: neither a str nor None.
+        ValueError: neither a str nor None, or a str that UTF-8 cannot encode.
     """
     if name is None:
         return ""
-    if not isinstance(name, str):
-        raise ValueError(
-            f"{call}: namespace: wanted a str or None, got {type(name).__name__} {name!r}"
-        )
-    return f"={name}"  # differs from the key of None
+    # Differs from the key of None.
+    return f"={as_text(f'{call}: namespace', name, 'a str or None')}"
 
 
 def one_sequence(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
@@ -300,6 +298,4 @@ def one_sequence(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
 
 
 def _number(name: str, value: Any, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-        raise ValueError(f"{name}: wanted a number from 0 to {high}, got {value!r}")
-    return float(value)
+    return host_float(name, value, 0, high)

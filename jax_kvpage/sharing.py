@@ -9,7 +9,7 @@ from jax_kvpage._arrays import host_int, host_ints
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import wait_for
+from jax_kvpage.errors import OutOfSlots, wait_for
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["SharingCalls"]
@@ -74,6 +74,14 @@ class SharingCalls:
         n = host_int("fork: n", n)
         if n < 0:
             raise ValueError(f"fork: n is {n}, wanted 0 or more new sequences")
+        if n == 0:
+            host_int("fork: slot", slot, 0, self.spec.max_slots - 1)
+        if n > self.spec.max_slots:  # before lists of this length are made
+            raise OutOfSlots(
+                f"fork: {n} slots wanted, {self.spec.max_slots} in all: make the pool with a "
+                "larger max_slots",
+                wanted=n,
+            )
         tokens = -1 if num_tokens is None else host_int("fork: num_tokens", num_tokens)
         if num_tokens is not None and tokens < 0:
             raise ValueError(f"fork: num_tokens is {tokens}, wanted 0 or more")

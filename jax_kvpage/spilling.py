@@ -1,8 +1,11 @@
 """Host calls on the store below a pool's memory: look-up, prefetch, and statistics."""
 
+import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jax_kvpage._values import host_float
 from jax_kvpage.prefix import namespace_key, one_sequence
 from jax_kvpage.swapping import Swapped, SwappingCalls
 from jax_kvpage.tickets import Ticket
@@ -131,11 +134,10 @@ class SpillingCalls(SwappingCalls):
         rate = prefill_tokens_per_second
         if rate is None:
             rate = 0.0
-        elif isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
-            raise ValueError(
-                f"prefetch: prefill_tokens_per_second: wanted a number above 0, got {rate!r}"
-            )
-        return Ticket(self._native.call(self._pool.prefetch, space, ids, float(rate)))
+        else:
+            name = "prefetch: prefill_tokens_per_second"
+            rate = host_float(name, rate, sys.float_info.min, math.inf, "a number above 0")
+        return Ticket(self._native.call(self._pool.prefetch, space, ids, rate))
 
     def spill_stats(self) -> SpillStats:
         """How many tokens came from memory and from the store, and why others did not.
@@ -174,6 +176,4 @@ def as_share(name: str, value: Any) -> float:
     Raises:
         ValueError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: wanted a share from 0 to 1, got {value!r}")
-    return float(value)
+    return host_float(name, value, 0, 1, "a share from 0 to 1")

@@ -10,6 +10,8 @@ from jax_kvpage import _native
 from jax_kvpage._capacity import bytes_of
 from jax_kvpage._closing import Closing
 from jax_kvpage._native_pool import checked
+from jax_kvpage._values import as_text
+from jax_kvpage.errors import KVPageError
 
 __all__ = ["BlockStore", "StoreStats", "StoredFile", "list_files", "prune"]
 
@@ -107,7 +109,7 @@ class BlockStore(Closing):
             weights, for example a checksum. Files with another fingerprint are not used.
 
     Raises:
-        ValueError: an invalid limit, or a fingerprint that is not a str.
+        ValueError: an invalid path or limit, or a fingerprint that is not a str.
         KVPageError: the directory cannot be created or read.
     """
 
@@ -117,12 +119,15 @@ class BlockStore(Closing):
         limit: int | str | None = "8GiB",
         fingerprint: str = "",
     ) -> None:
+        if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+            raise ValueError(f"BlockStore: path: wanted the path of a directory, got {path!r}")
         self._path = pathlib.Path(path)
         self._limit = None if limit is None else bytes_of("BlockStore: limit", limit)
-        if not isinstance(fingerprint, str):
-            raise ValueError(f"BlockStore: fingerprint: wanted a str, got {fingerprint!r}")
-        self._fingerprint = fingerprint
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._fingerprint = as_text("BlockStore: fingerprint", fingerprint)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KVPageError(f"BlockStore: cannot create {self._path.parent}: {error}") from error
         most = _NO_LIMIT if self._limit is None else self._limit
         self.native: _native.Store = checked(_native.Store, str(self._path), most, fingerprint)
 

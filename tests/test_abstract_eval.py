@@ -16,6 +16,8 @@ from abstract_values import BATCH, LAYERS, abstract_cache, make_kv, make_q
 
 import jax_kvpage as kvp
 
+_RANGE = "that float32 can hold (1.2e-38 to 3.4e+38)"
+
 
 def _mistakes(call: Callable[[], Any]) -> list[str]:
     """The lines of the ValueError, without its heading."""
@@ -53,9 +55,9 @@ def test_every_mistake_at_once() -> None:
         f"v: {floats} int8[6, 2, 16]",
         "v: wanted the dtype of k, float32, got int8",
         "layer: wanted 0 to 2, the spec has 3, got 3",
-        "scale: wanted a positive finite number or None, got -1.0",
+        f"scale: wanted a positive number {_RANGE} or None, got -1.0",
         "sliding_window: wanted None, an int from 1",
-        "logits_soft_cap: wanted a positive finite number or None, got inf",
+        f"logits_soft_cap: wanted a positive number {_RANGE} or None, got inf",
         "sinks: wanted floating point values, got int32[3]",
         "alibi_slopes: wanted float32 [Hq=3], got float32[5]",
         "implementation: wanted 'cpu', 'cuda', 'xla' or None, got 'tpu'",

@@ -167,7 +167,7 @@ def test_a_limit_is_a_number_of_bytes(tmp_path: pathlib.Path, limit: object) -> 
 
 
 def test_mistakes_are_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="fingerprint: wanted a str, got 3"):
+    with pytest.raises(ValueError, match="fingerprint: wanted a str, got int 3"):
         kvp.BlockStore(tmp_path, fingerprint=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="older_than: wanted at least 0 seconds"):
         kv_store.prune(tmp_path, older_than=-1)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _compat
+from jax_kvpage._arrays import as_bool, as_int32
+from jax_kvpage._values import is_number
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import ADDRESSINGS, absent, check_implementation
 
@@ -33,6 +35,9 @@ STATIC = (
 )
 
 
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
 def _positive_number(name: str, value: Any, default: float, problems: list[str]) -> float:
     if value is None:
         return default
@@ -42,9 +47,11 @@ def _positive_number(name: str, value: Any, default: float, problems: list[str])
             f"{jax.typeof(value)}; make it static (a traced scale can be multiplied into q)"
         )
         return default
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        problems.append(f"{name}: wanted a positive finite number or None, got {value!r}")
+    if not is_number(value) or not _LEAST <= value <= _MOST:
+        problems.append(
+            f"{name}: wanted a positive number that float32 can hold ({_LEAST:.2g} to {_MOST:.2g}) "
+            f"or None, got {value!r}"
+        )
         return default
     return float(value)
 
@@ -52,8 +59,8 @@ def _positive_number(name: str, value: Any, default: float, problems: list[str])
 def _window(value: Any, problems: list[str]) -> Any:
     if value is None:
         return np.int32(0)
-    if isinstance(value, jax.Array):
-        return value
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return as_int32("sliding_window", value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         problems.append(
             "sliding_window: wanted None, an int from 1 (a token sees itself and the window - 1 "
@@ -105,7 +112,7 @@ def params(
         "scale": _positive_number("scale", scale, 1.0 / math.sqrt(max(head_dim, 1)), problems),
         "soft_cap": _positive_number("logits_soft_cap", soft_cap, 0.0, problems),
         "exact_weights": _wants_exact_weights(),
-        "return_lse": bool(lse),
+        "return_lse": as_bool("return_lse", lse),
         "implementation": implementation,
     }
 

@@ -70,7 +70,8 @@ def read_kv(
         slots = slots.reshape(1) if slots.ndim == 0 else slots
         offsets = to_device(np.zeros(slots.shape[0] + 1, np.int32))
     handle, epoch, lengths = arrays
-    if slots.ndim == 1 and slots.size and offsets.shape == (slots.size + 1,):
+    integers = jnp.issubdtype(slots.dtype, jnp.integer)
+    if integers and slots.ndim == 1 and slots.size and offsets.shape == (slots.size + 1,):
         lengths, offsets = _with_last(*map(gathered, (lengths, slots, offsets)))
     layer = layer_operand(layer, cache.spec, problems)
     operands = (handle, epoch, lengths, slots, offsets, layer)

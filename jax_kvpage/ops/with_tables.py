@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage import reference
+from jax_kvpage._arrays import as_int32
 from jax_kvpage.ops import _attention, _batching, _lowering, _scratch
 from jax_kvpage.ops._checks import FLOATS, INT32, Checker, check_arrays, results
 
@@ -101,13 +102,18 @@ def paged_attention_with_tables(
     """
     arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
     check_arrays("paged_attention_with_tables", q=q, **arrays, lengths=lengths)
+    name = "paged_attention_with_tables"
+    block_tables = as_int32(f"{name}: block_tables", block_tables)
+    lengths = as_int32(f"{name}: lengths", lengths)
+    if query_offsets is not None:
+        query_offsets = as_int32(f"{name}: query_offsets", query_offsets)
     problems: list[str] = []
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     head_dim = jnp.shape(q)[-1] if jnp.ndim(q) else 1
     params = _attention.params(
         head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
-    if kv_layout not in _LAYOUTS:
+    if not isinstance(kv_layout, str) or kv_layout not in _LAYOUTS:
         known = " or ".join(map(repr, _LAYOUTS))
         problems.append(f"kv_layout: wanted {known}, got {kv_layout!r}")
     sequences = jnp.shape(lengths)[0] if jnp.ndim(lengths) else 0
@@ -119,7 +125,7 @@ def paged_attention_with_tables(
                 f"has {jnp.shape(q)[0]}"
             )
     operands = (q, k_pages, v_pages, block_tables, lengths, query_offsets, *options)
-    params["kv_layout"] = _LAYOUTS.get(kv_layout, 0)
+    params["kv_layout"] = _LAYOUTS.get(kv_layout, 0) if isinstance(kv_layout, str) else 0
     out, lse = _lowering.bind(attend_with_tables_p, _abstract, operands, params, problems)
     return (out, lse) if return_lse else out
 

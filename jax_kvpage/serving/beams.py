@@ -9,11 +9,12 @@ continuations.
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from jax_kvpage.serving.params import SamplingParams
+from jax_kvpage._values import is_integer, is_number
+from jax_kvpage.serving.params import SamplingParams, as_tuple
 
 __all__ = ["BeamSearch", "BeamSearchParams", "Hypothesis", "Params"]
 
@@ -52,22 +53,19 @@ class BeamSearchParams:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
         reasons = [
             f"{name} is {getattr(self, name)!r}, wanted 1 or more"
             for name in ("beam_width", "max_tokens")
-            if not _integer(getattr(self, name)) or getattr(self, name) < 1
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 1
         ]
         if not isinstance(self.ignore_eos, bool):
             reasons.append(f"ignore_eos is {self.ignore_eos!r}, wanted True or False")
-        if not all(_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids):
+        ids = self.stop_token_ids
+        if not isinstance(ids, tuple) or not all(is_integer(t) and 0 <= t < 2**31 for t in ids):
             reasons.append(f"stop_token_ids is {self.stop_token_ids!r}, wanted token ids")
         power = self.length_penalty
-        if (
-            isinstance(power, bool)
-            or not isinstance(power, (int, float))
-            or not math.isfinite(power)
-        ):
+        if not is_number(power) or not math.isfinite(power):
             reasons.append(f"length_penalty is {power!r}, wanted a finite number")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             reasons.append(f"early_stopping is {self.early_stopping!r}, wanted a bool or 'never'")
@@ -189,7 +187,3 @@ class BeamSearch:
 
     def _penalty(self, length: int) -> np.float32:
         return np.float32(length**self._params.length_penalty)
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,19 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
+from jax_kvpage._values import is_integer, is_number
 from jax_kvpage.serving.structured import StructuredOutputsParams
 
-__all__ = ["SamplingParams"]
+__all__ = ["SamplingParams", "as_tuple"]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def as_tuple(value: Any) -> Any:
+    """Converts a sequence to a tuple, and None to an empty one; returns anything else as it is."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list, set, frozenset, range)) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class SamplingParams:
         max_tokens: maximum number of tokens to produce.
         min_tokens: minimum number of tokens to produce: before that, stop tokens are not sampled
             and stop strings are ignored.
-        stop: strings that end the output and are left out of its text (needs a detokenizer).
-        stop_token_ids: tokens that end the output.
+        stop: strings that end the output and are left out of its text (needs a detokenizer); None
+            for none.
+        stop_token_ids: tokens that end the output; None for none.
         ignore_eos: continue after the engine's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string in the text.
         logprobs: also return the log probabilities of this many most likely tokens and of the
@@ -74,9 +75,9 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else as_tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
         reasons = self._reasons()
         if reasons:
             raise ValueError("\n  - ".join(["SamplingParams:", *reasons]))
@@ -95,34 +96,39 @@ class SamplingParams:
                 reasons.append(f"{name} is {getattr(self, name)!r}, wanted {wanted}")
 
         def within(name: str, low: float, high: float) -> bool:
-            return _number(getattr(self, name)) and low <= getattr(self, name) <= high
+            value = getattr(self, name)
+            return is_number(value) and math.isfinite(value) and low <= value <= high
 
-        want(_integer(self.n) and self.n >= 1, "n", "1 or more")
+        want(is_integer(self.n) and self.n >= 1, "n", "1 or more")
         want(within("temperature", 0, math.inf), "temperature", "0 (greedy) or more")
-        want(_integer(self.top_k) and self.top_k >= -1, "top_k", "0 or -1 (all), or more")
+        want(is_integer(self.top_k) and self.top_k >= -1, "top_k", "0 or -1 (all), or more")
         want(within("top_p", 0, 1) and self.top_p > 0, "top_p", "above 0 and at most 1")
         want(within("min_p", 0, 1), "min_p", "from 0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             want(within(name, -2, 2), name, "from -2 to 2")
         positive = within("repetition_penalty", 0, math.inf) and self.repetition_penalty > 0
         want(positive, "repetition_penalty", "above 0")
-        seeded = _integer(self.seed) and 0 <= self.seed < 2**32
+        seeded = is_integer(self.seed) and 0 <= self.seed < 2**32
         want(self.seed is None or seeded, "seed", "None, or from 0 to 2**32 - 1")
-        limited = _integer(self.max_tokens) and self.max_tokens >= 1
+        limited = is_integer(self.max_tokens) and self.max_tokens >= 1
         want(limited, "max_tokens", "1 or more")
-        want(_integer(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "0 or more")
-        if limited and _integer(self.min_tokens):
+        want(is_integer(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "0 or more")
+        if limited and is_integer(self.min_tokens):
             most = f"at most max_tokens ({self.max_tokens})"
             want(self.min_tokens <= self.max_tokens, "min_tokens", most)
-        texts = all(isinstance(text, str) and text for text in self.stop)
+        texts = isinstance(self.stop, tuple) and all(
+            isinstance(text, str) and text for text in self.stop
+        )
         want(texts, "stop", "strings that are not empty")
-        ids = all(_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids)
+        ids = isinstance(self.stop_token_ids, tuple) and all(
+            is_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids
+        )
         want(ids, "stop_token_ids", "token ids")
         for name in ("ignore_eos", "include_stop_str_in_output"):
             want(isinstance(getattr(self, name), bool), name, "True or False")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
-            want(count is None or (_integer(count) and count >= 0), name, "None, or 0 or more")
+            want(count is None or (is_integer(count) and count >= 0), name, "None, or 0 or more")
         known = isinstance(self.structured_outputs, StructuredOutputsParams | None)
         want(known, "structured_outputs", "StructuredOutputsParams, or None")
         return reasons

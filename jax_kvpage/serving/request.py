@@ -9,6 +9,8 @@ import dataclasses
 import enum
 from collections.abc import Hashable
 
+from jax_kvpage._values import is_integer, is_number
+
 __all__ = ["Request", "RequestRefused", "Sequence", "SequenceGroup", "Status"]
 
 
@@ -24,6 +26,17 @@ class RequestRefused(ValueError):
         super().__init__(message)
         self.wanted = wanted
         self.available = available
+
+
+# Attributes that are counts, and their smallest values.
+_LEAST = {
+    "num_prompt_tokens": 1,
+    "max_tokens": 1,
+    "n": 1,
+    "num_prefix_tokens": 0,
+    "reserve_tokens": 0,
+    "num_slots": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -46,6 +59,9 @@ class Request:
         num_slots: pool slots to reserve, at least n. Beam search with w beams needs 2w.
         lockstep: no sequence runs its newest token until all siblings can, both after the prompt
             and after a preemption (beam search). The others keep their memory while they wait.
+
+    Raises:
+        ValueError: a value of another type or out of range.
     """
 
     request_id: Hashable
@@ -61,10 +77,17 @@ class Request:
     lockstep: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_prompt_tokens", "max_tokens", "n"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Request: {name} is {getattr(self, name)}, wanted 1 or more")
-        if not 0 <= self.num_prefix_tokens <= self.num_prompt_tokens:
+        for name, low in _LEAST.items():
+            value = getattr(self, name)
+            if not is_integer(value) or value < low:
+                raise ValueError(f"Request: {name} is {value!r}, wanted {low} or more")
+        if not is_integer(self.priority) or not -(2**63) <= self.priority < 2**63:
+            raise ValueError(f"Request: priority is {self.priority!r}, wanted an int of 64 bits")
+        if self.deadline is not None and not is_number(self.deadline):
+            raise ValueError(f"Request: deadline is {self.deadline!r}, wanted a number, or None")
+        if not isinstance(self.prefix_key, Hashable):
+            raise ValueError(f"Request: prefix_key is {self.prefix_key!r}, wanted a hashable value")
+        if self.num_prefix_tokens > self.num_prompt_tokens:
             raise ValueError(
                 f"Request: num_prefix_tokens is {self.num_prefix_tokens}, but the prompt has "
                 f"{self.num_prompt_tokens} tokens"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._arrays import as_host_array, host_int, host_ints
 from jax_kvpage.cache import Batch
 from jax_kvpage.pool import KVPool
 
@@ -44,11 +44,15 @@ class Spread:
             [R * T, ...], with each replica's part on its devices. Python integers become int32.
 
         Raises:
-            ValueError: the number of tokens differs from the batch's.
+            ValueError: the number of tokens differs from the batch's, or an integer or `fill` does
+                not fit.
         """
         values = np.asarray(values)
-        if values.dtype == np.int64:
-            values = values.astype(np.int32)
+        if values.dtype in (np.int64, np.uint64):
+            values = as_host_array("Spread.scatter: values", values)
+        if np.issubdtype(values.dtype, np.integer):
+            limits = np.iinfo(values.dtype)
+            fill = host_int("Spread.scatter: fill", fill, int(limits.min), int(limits.max))
         if values.shape[:1] != self.rows.shape:
             raise ValueError(
                 f"Spread.scatter: the batch has {len(self.rows)} new tokens, got values of shape "

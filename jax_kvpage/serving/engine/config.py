@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
+from jax_kvpage._values import is_integer, is_text
 from jax_kvpage.serving.admission import AdmissionPolicy
 from jax_kvpage.serving.preemption import PreemptionPolicy
 
@@ -88,7 +87,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if not _integer(value) or value < low:
+            if not is_integer(value) or value < low:
                 reasons.append(f"{name} is {value!r}, wanted {low} or more")
         reasons += self._normalize("eos_token_ids", _token_ids, "a tuple of token ids")
         if self.buckets is not None:
@@ -98,10 +97,16 @@ class EngineConfig:
                 f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max "
                 f"{self.prompt_lookup_max}, wanted 1 <= min <= max"
             )
+        for name in ("prefix_caching", "prompt_logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                reasons.append(f"{name} is {getattr(self, name)!r}, wanted True or False")
         if self.namespace is not None and not (
-            isinstance(self.namespace, str) and "\n" not in self.namespace
+            is_text(self.namespace) and "\n" not in self.namespace
         ):
-            reasons.append(f"namespace is {self.namespace!r}, wanted a str of one line, or None")
+            reasons.append(
+                f"namespace is {self.namespace!r}, wanted a str of one line that UTF-8 can encode, "
+                "or None"
+            )
         if reasons:
             raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
 
@@ -166,14 +171,10 @@ class EngineConfig:
         return shapes
 
 
-def _integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _token_ids(values: Any) -> tuple[int, ...]:
     """Converts token ids; raises a TypeError or ValueError for anything else."""
     ids = tuple(values)
-    if not all(_integer(token) and 0 <= token < 2**31 for token in ids):
+    if not all(is_integer(token) and 0 <= token < 2**31 for token in ids):
         raise ValueError
     return tuple(map(int, ids))
 
@@ -181,7 +182,7 @@ def _token_ids(values: Any) -> tuple[int, ...]:
 def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
     """Converts shapes; raises a TypeError or ValueError for anything else."""
     pairs = tuple((tokens, sequences) for tokens, sequences in values)
-    if not all(_integer(number) and number >= 1 for pair in pairs for number in pair):
+    if not all(is_integer(number) and number >= 1 for pair in pairs for number in pair):
         raise ValueError
     return tuple((int(tokens), int(sequences)) for tokens, sequences in pairs)
 

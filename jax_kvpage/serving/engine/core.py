@@ -173,7 +173,7 @@ class EngineCore:
             raise RuntimeError("Engine: closed")
         return self._intake.add(
             prompt,
-            params or SamplingParams(),
+            SamplingParams() if params is None else params,
             request_id=request_id,
             priority=priority,
             deadline=deadline,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jax_kvpage._arrays import token_ids_of
+from jax_kvpage._values import as_text
 from jax_kvpage.serving.beams import BeamSearchParams, Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guidance import Guidance
@@ -75,6 +77,11 @@ class Intake:
     ) -> RequestOutput:
         """See `EngineCore.add_request`."""
         config = self._config
+        if not isinstance(wanted, Params):
+            raise ValueError(
+                "Engine.add_request: params: wanted SamplingParams or BeamSearchParams, got "
+                f"{wanted!r}"
+            )
         ids, space = _token_ids(prompt), self.namespace_of(namespace)
         searched = wanted if isinstance(wanted, BeamSearchParams) else None
         params = _checked(wanted, config, self._detokenize is not None, self._shares)
@@ -128,19 +135,22 @@ class Intake:
 
     def namespace_of(self, name: str | None) -> str:
         """See `EngineCore.namespace_of`."""
-        if not isinstance(name, str | None):
-            raise ValueError(f"Engine: namespace: wanted a str or None, got {name!r}")
-        return self._namespace if name is None else f"{self._namespace}\n{name}"
+        if name is None:
+            return self._namespace
+        return f"{self._namespace}\n{as_text('Engine: namespace', name, 'a str or None')}"
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
     """Checks and converts a prompt."""
     if isinstance(prompt, str):
         raise ValueError("Engine: prompt is text, wanted token ids")
-    ids = [int(token) for token in prompt]
+    sequences, single = token_ids_of("Engine: prompt", prompt)
+    if not single:
+        raise ValueError("Engine: prompt: wanted the ids of one sequence, got a list of sequences")
+    ids = sequences[0].tolist()
     if not ids:
         raise ValueError("Engine: the prompt is empty, wanted at least one token")
-    if min(ids) < 0 or max(ids) >= 2**31:
+    if min(ids) < 0:
         raise ValueError(f"Engine: prompt: wanted token ids, got {min(ids)} to {max(ids)}")
     return ids
 

@@ -13,6 +13,8 @@ from jax_kvpage.serving.text import Detokenize, TextBuilder
 
 __all__ = ["RequestState", "SequenceState"]
 
+_MOST = 2**31 - 1
+
 
 class SequenceState:
     """One continuation of a request.
@@ -274,10 +276,10 @@ class RequestState:
         )
         column[:NUM_FLOATS] = np.asarray(floats, np.float32).view(np.int32)
         seed = int(np.asarray(self.seed, np.uint32).view(np.int32))
-        allowed = prompt + params.min_tokens
+        allowed = min(prompt + params.min_tokens, _MOST)
         wanted = 0 if params.logprobs is None else 1
         column[NUM_FLOATS : NUM_FLOATS + NUM_INTS] = (
-            max(params.top_k, 0),
+            min(max(params.top_k, 0), _MOST),
             seed,
             index,
             prompt,
