@@ -9,20 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 from covering import num_cases
-from scheduler_model import PlainMemory, Server
+from scheduler_model import PlainMemory, PlainSwap, Server
 
 from jax_kvpage.serving import ExpectedGrowth, SequenceGroup, Status, StepPlan
 from jax_kvpage.serving.rows import Rows
+
+
+def _cached(group: SequenceGroup) -> tuple[int, int]:
+    """Of some prompts nothing is cached, of others the half, of others all."""
+    tokens = group.request.num_prompt_tokens
+    return (0, tokens // 2, tokens)[tokens % 3], 0
 
 
 def _server(seed: int) -> Server:
     return Server(
         PlainMemory(40, 16, 256, 9, 1),
         seed,
+        PlainSwap(seed) if seed % 2 else None,
         max_num_seqs=6,
         max_num_batched_tokens=24,
         admission=ExpectedGrowth(),
         max_num_waiting=50,
+        find_prefix=_cached,
     )
 
 
@@ -80,7 +88,7 @@ def _act(server: Server, chance: random.Random) -> list[dict[str, Any]]:
             priority=chance.choice([0, 0, 1]),
             deadline=chance.choice([None, None, server.now + 20]),
             prefix_key=chance.choice([None, None, "a"]),
-            lockstep=chance.random() < 0.2,
+            lockstep=chance.random() < 0.4,
             wanted=chance.randint(1, 150),
         )
     elif action == 3 and live:

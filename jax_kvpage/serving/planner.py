@@ -180,8 +180,10 @@ class Planner:
         rows, last = self._rows, self._last
         if not self._repeats or last is None or self._has_changes or rows.has_drafts:
             return None
-        # Prompts, forks and shortage change the rows: then the array is another one.
+        # Prompts and shortage change the rows: then the array is another one.
         if last.rows is not rows.decodes()[0] or (rows.num_free and self._queue.head()):
+            return None
+        if self._running.forking:  # a cached prompt changes no rows before its siblings are forked
             return None
         self._repeats -= 1
         rows.advance_decodes()
