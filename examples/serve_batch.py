@@ -116,13 +116,6 @@ def _run(args: argparse.Namespace) -> None:
 
     from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
 
-    try:
-        config = load_config(args.checkpoint)
-        tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
-        model = load_model(args.checkpoint, dtype=jnp.float32)
-        jobs = _jobs(args, tokenizer, config.vocab_size)
-    except (ConfigError, CheckpointError, TokenizerError) as error:
-        raise InputError(str(error)) from error
     with input_errors():
         params = SamplingParams(
             temperature=args.temperature,
@@ -131,6 +124,14 @@ def _run(args: argparse.Namespace) -> None:
             seed=args.seed,
             ignore_eos=args.trace is not None,
         )
+    try:
+        config = load_config(args.checkpoint)
+        tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
+        model = load_model(args.checkpoint, dtype=jnp.float32)
+        jobs = _jobs(args, tokenizer, config.vocab_size)
+    except (ConfigError, CheckpointError, TokenizerError) as error:
+        raise InputError(str(error)) from error
+    with input_errors():
         block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
         rows = args.max_num_seqs
         store = open_store(args.store, args.store_limit, args.checkpoint) if args.store else None

@@ -130,6 +130,10 @@ def test_equal_hash_ids_of_a_mooncake_trace_give_equal_tokens(tmp_path) -> None:
     trace.write_text('{"timestamp": 0}')
     with pytest.raises(InputError, match="not a known trace"):
         read_trace(trace, 5)
+    for wrong in (-1, 1.5, "a"):
+        trace.write_text(json.dumps(lines[0] | {"hash_ids": [wrong]}))
+        with pytest.raises(InputError, match="not a known trace"):
+            read_trace(trace, 5)
 
 
 def test_a_llama_says_what_it_says_in_the_other_example() -> None:
@@ -150,7 +154,10 @@ def test_mistakes_in_the_input(checkpoint, tmp_path, capsys) -> None:
     corrupt.write_bytes(packed)
     words = tmp_path / "words.jsonl"
     words.write_text('{"timestamp": 0, "input_length": "x", "output_length": 1, "hash_ids": []}')
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [1]}')
     for arguments in (
+        ["--checkpoint", checkpoint, "--trace", trace, "--seed", -1],
         ["--trace", tmp_path / "absent.csv"],
         ["--checkpoint", checkpoint, "--trace", corrupt],
         ["--checkpoint", checkpoint, "--trace", words],

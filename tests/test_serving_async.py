@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -220,3 +221,42 @@ def test_an_engine_that_stops_gives_memory_back(monkeypatch) -> None:
         asyncio.run(main(pool))
         jax.block_until_ready(pool.cache())
         assert pool.stats().slots_occupied == 0
+
+
+class _Stop(BaseException):
+    """Ends the engine's thread."""
+
+
+def test_a_task_that_stops_the_thread_leaves_no_other_waiting() -> None:
+    """All calls of one batch are answered, also those behind the one that raises."""
+
+    async def main() -> None:
+        core = Engine(rig.step, rig.params(), pool, rig.config())
+        engine = AsyncEngine(core)
+        started, go_on = threading.Event(), threading.Event()
+
+        def wait(_: Engine) -> None:
+            started.set()
+            go_on.wait(30)
+
+        def stop(_: Engine) -> None:
+            raise _Stop
+
+        first = asyncio.create_task(engine.inspect(wait))
+        await asyncio.to_thread(started.wait, 30)
+        # These arrive while the thread is busy, so it takes them together.
+        others = [
+            asyncio.create_task(engine.inspect(stop)),
+            asyncio.create_task(engine.inspect(lambda _: 1)),
+            asyncio.create_task(engine.generate(_PROMPTS[0], _PARAMS[0])),
+        ]
+        await asyncio.sleep(0)
+        go_on.set()
+        await first
+        answers = await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 30)
+        assert isinstance(answers[0], _Stop)
+        assert answers[1] == 1
+        assert isinstance(answers[2], RuntimeError)
+
+    with rig.pool() as pool:
+        asyncio.run(main())

@@ -166,7 +166,7 @@ def serve(
         now = time.monotonic() - begin
         while following < len(jobs) and jobs[following].arrival <= now:
             job = jobs[following]
-            seed = None if params.seed is None else params.seed + following
+            seed = None if params.seed is None else (params.seed + following) % 2**32
             each = dataclasses.replace(params, max_tokens=job.max_tokens, seed=seed)
             try:
                 outputs[following] = engine.add_request(job.prompt_ids, each, request_id=following)

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import operator
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -80,10 +81,12 @@ def _azure(text: str) -> Iterator[_Row]:
 def _mooncake(text: str) -> Iterator[_Row]:
     for line in text.splitlines():
         row = json.loads(line)
+        spans = tuple(map(operator.index, row["hash_ids"]))
+        if min(spans, default=0) < 0:
+            raise ValueError(f"hash_ids: wanted 0 or more, got {min(spans)}")
         yield _Row(
-            row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]),
-            tuple(row["hash_ids"]),
-        )  # fmt: skip
+            row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), spans
+        )
 
 
 def trace_jobs(

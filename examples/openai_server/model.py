@@ -13,6 +13,7 @@ from llama.tokenizer import Tokenizer, TokenizerError
 
 from .calls import Call
 from .errors import ApiError
+from .fields import check_text
 
 __all__ = ["ServedModel"]
 
@@ -133,6 +134,7 @@ class ServedModel:
             raise ApiError(reason[:1000], param="messages", code="invalid_value") from error
 
     def _encode(self, text: str, param: str, special: bool = True) -> list[int]:
+        check_text(text, param)  # a template may add text that is none
         try:
             return self.tokenizer.encode(text, special)
         except TokenizerError as error:

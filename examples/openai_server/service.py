@@ -75,7 +75,8 @@ class Service:
         """Ends all running requests."""
         self._stopping = self._ending = True
         for scope in self._scopes:
-            scope.reschedule(asyncio.get_running_loop().time())
+            with contextlib.suppress(RuntimeError):  # its own time is up at this moment
+                scope.reschedule(asyncio.get_running_loop().time())
 
     @contextlib.asynccontextmanager
     async def limited(self) -> AsyncIterator[Place]:

@@ -5,6 +5,7 @@ reader that is slower than the engine gets several tokens at once.
 """
 
 import asyncio
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -123,7 +124,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = loop.create_future()
 
-        def settle(value: _T | None, error: Exception | None) -> None:
+        def settle(value: _T | None, error: BaseException | None) -> None:
             if answer.done():  # cancelled
                 return
             if error is not None:
@@ -134,8 +135,10 @@ class AsyncEngine:
         def job() -> None:
             try:
                 value = read(self._engine)
-            except Exception as error:
+            except BaseException as error:
                 _call(loop, settle, None, error)
+                if not isinstance(error, Exception):
+                    raise
             else:
                 _call(loop, settle, value, None)
 
@@ -196,10 +199,15 @@ class AsyncEngine:
         with self._condition:
             while not (self._jobs or self._closing or self._engine.has_unfinished):
                 self._condition.wait()
-            jobs, self._jobs = self._jobs, []
+            jobs, self._jobs = collections.deque(self._jobs), []
             closing = self._closing
-        for job in jobs:
-            job()
+        try:
+            while jobs:
+                jobs.popleft()()
+        finally:
+            if jobs:  # one has raised: `_run` answers the others
+                with self._condition:
+                    self._jobs = [*jobs, *self._jobs]
         if closing:
             outputs = [reader.output for reader in self._readers.values()]
             self._engine.close()

@@ -253,6 +253,7 @@ class EngineCore:
             plan = self._carry_out(plan, guesses)
         except BaseException as error:  # such as Ctrl-C, or the pool was closed
             sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
+            sequences += [admission.sequence for admission in plan.admissions]
             self._give_up((sequence.group for sequence in sequences), error)
             raise
         if speculates:

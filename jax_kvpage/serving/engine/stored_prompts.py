@@ -8,6 +8,7 @@ import numpy as np
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.slot_calls import past_fault
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.swap import Fetched
 from jax_kvpage.tickets import Ticket
@@ -47,8 +48,8 @@ class StoredPrompts:
         prompt = self._prompts.get(group)
         if prompt is None or prompt.num_preemptions < group.num_preemptions:
             ids, space = self._tokens_of(group)
-            stored = self._pool.stored_prefix(ids, space)
-            more = stored > 0 and stored > self._pool.find_prefix(ids, space)
+            stored = past_fault(lambda: self._pool.stored_prefix(ids, space))
+            more = stored > 0 and stored > past_fault(lambda: self._pool.find_prefix(ids, space))
             prompt = _Prompt(group.num_preemptions, stored if more else 0)
             self._prompts[group] = prompt
         return prompt.num_tokens
