@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import random
@@ -260,6 +261,41 @@ def failures() -> None:
         assert set(reasons) <= {"length", "error"}
         assert "no such step" in next(o.error for o in added if o.error)
         assert rig.tokens(engine.generate(rig.PROMPTS, rig.MIXED)) == wanted
+
+
+def faults() -> None:
+    """A step fails on the device while requests wait, or at a block boundary: all calls of a pool
+    over a mesh report that until a new generation.
+    """
+    wanted = rig.alone()
+    run = Programs.run
+    for at in range(2, 24, 3 if is_exhaustive() else 7):
+        calls = itertools.count()
+
+        def fails(
+            self: Programs,
+            packed: Any,
+            *args: Any,
+            calls: Iterator[int] = calls,
+            at: int = at,
+        ) -> Any:
+            if next(calls) == at:
+                operands = packed.operands.copy()
+                operands[packed.shape[0] + 1 + packed.shape[1]] = 7  # a slot that nobody has
+                packed = dataclasses.replace(packed, operands=operands)
+            return run(self, packed, *args)
+
+        with pytest.MonkeyPatch.context() as patch, _pool(2) as pool, _engine(pool) as engine:
+            patch.setattr(Programs, "run", fails)
+            added = [
+                engine.add_request(*each)
+                for each in zip(rig.PROMPTS * 2, rig.MIXED * 2, strict=True)
+            ]
+            while engine.has_unfinished:
+                engine.step()
+            assert engine.stats.generations >= 1
+            assert [output.error for output in added if output.error] == []
+            assert rig.tokens(added) == wanted * 2
 
 
 def compiled() -> None:

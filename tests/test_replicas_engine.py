@@ -11,7 +11,7 @@ from subprocesses import run_python
 @pytest.mark.parametrize(
     "programs",
     [
-        "outputs pressure prefixes cancellations failures refusals",
+        "outputs pressure prefixes cancellations failures faults refusals",
         *(["explicit", "local placing siblings guesses"] if is_exhaustive() else []),
     ],
 )

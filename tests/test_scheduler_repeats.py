@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from covering import num_cases
 from scheduler_model import PlainMemory, PlainSwap, Server
 
 from jax_kvpage.serving import ExpectedGrowth, SequenceGroup, Status, StepPlan
+from jax_kvpage.serving.admission import Load
 from jax_kvpage.serving.rows import Rows
 
 
@@ -76,7 +78,7 @@ def _count_repeats(server: Server) -> list[StepPlan]:
     return repeated
 
 
-def _act(server: Server, chance: random.Random) -> list[dict[str, Any]]:
+def _act(server: Server, chance: random.Random, refuses: bool = True) -> list[dict[str, Any]]:
     """Adds, cancels or finishes requests, lets time pass, or runs some steps; returns the plans."""
     action = chance.randrange(10)
     live = [group for group in server.groups if group.status is not Status.FINISHED]
@@ -97,7 +99,7 @@ def _act(server: Server, chance: random.Random) -> list[dict[str, Any]]:
         server.scheduler.finish(chance.choice(chance.choice(live).live), "gone")
     elif action == 5:
         server.now += chance.uniform(0, 10)
-    refusals, drafts = chance.choice([0.0, 0.0, 0.4]), chance.choice([0, 0, 0, 3])
+    refusals, drafts = chance.choice([0.0, 0.0, 0.4 * refuses]), chance.choice([0, 0, 0, 3])
     return [
         _fields(server.step(refusals, drafts if chance.random() < 0.5 else 0))
         for _ in range(chance.randrange(12))
@@ -114,6 +116,64 @@ def test_repeated_plans_equal_new_ones(seed: int) -> None:
         assert _act(repeats, chances[0]) == _act(plans_anew, chances[1])
     assert repeats.scheduler.stats == plans_anew.scheduler.stats
     assert len(repeated) > 40
+
+
+class _Failing(ExpectedGrowth):
+    """Raises now and then."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance = chance
+        self.raised = 0
+
+    def admits(self, load: Load, group: SequenceGroup, blocks: int) -> bool:
+        self.fail()
+        return super().admits(load, group, blocks)
+
+    def fail(self) -> None:
+        if self.chance.random() < 0.3:
+            self.raised += 1
+            raise _Failed
+
+
+class _Failed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("seed", range(num_cases(8, 100)))
+def test_a_plan_that_raises_changes_nothing(seed: int) -> None:
+    """A policy and the prefix cache raise at random; the next attempt gives the plan as usual."""
+    policy = _Failing(random.Random(seed))
+
+    def find(group: SequenceGroup) -> tuple[int, int]:
+        policy.fail()
+        return _cached(group)
+
+    servers = [
+        Server(
+            PlainMemory(40, 16, 256, 9, 1),
+            seed,
+            max_num_seqs=6,
+            max_num_batched_tokens=24,
+            admission=admission,
+            max_num_waiting=50,
+            find_prefix=found,
+        )
+        for admission, found in ((policy, find), (ExpectedGrowth(), _cached))
+    ]
+    schedule = servers[0].scheduler.schedule
+
+    def insist(now: float = 0.0) -> StepPlan:
+        while True:
+            with contextlib.suppress(_Failed):
+                return schedule(now)
+
+    servers[0].scheduler.schedule = insist  # type: ignore[method-assign]
+    chances = random.Random(seed), random.Random(seed)
+    for _ in range(100):
+        plans = [_act(*pair, refuses=False) for pair in zip(servers, chances, strict=True)]
+        assert plans[0] == plans[1]
+    assert policy.raised > 10
 
 
 def test_a_steady_decode_is_mostly_repeated() -> None:

@@ -10,7 +10,7 @@ import serving_rig as rig
 from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
-from jax_kvpage.serving import Engine, SamplingParams
+from jax_kvpage.serving import Engine, ExpectedGrowth, Load, SamplingParams, SequenceGroup
 from jax_kvpage.serving.engine.programs import Programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -313,3 +313,34 @@ def test_a_recovery_that_fails_is_made_again(expected, monkeypatch, error: BaseE
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
         rig.check_empty(pool)
+
+
+class _RaisesOnce(ExpectedGrowth):
+    """A caller's policy with an error."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.left = call
+
+    def admits(self, load: Load, group: SequenceGroup, blocks: int) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            raise ZeroDivisionError("in a policy")
+        return super().admits(load, group, blocks)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_a_policy_that_raises_changes_nothing(call: int) -> None:
+    """The step raises, and the next one goes on as if nothing had happened."""
+    options = rig.config(admission=_RaisesOnce(call))
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, options) as engine:
+        outputs = [engine.add_request(*each) for each in zip(rig.PROMPTS, rig.MIXED, strict=True)]
+        raised = 0
+        while engine.has_unfinished:
+            try:
+                engine.step()
+            except ZeroDivisionError:
+                raised += 1
+        assert raised == 1
+        assert rig.tokens(outputs) == rig.alone()
+        assert engine.stats.failures == 0

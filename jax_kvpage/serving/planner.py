@@ -93,6 +93,7 @@ class Planner:
             self.cancel,
         )
         self._ran = False  # whether the last plan ran anything
+        self._building: StepBuilder | None = None  # the plan under construction
         self._last: StepPlan | None = None
         self._repeats = 0  # how often the last plan can be repeated before a row needs anything
 
@@ -193,7 +194,7 @@ class Planner:
 
     def plan_running(self) -> StepBuilder:
         """Starts a plan with the sequences that have memory."""
-        step = self._begin()
+        step = self._building = self._begin()
         fork_ready(self._rows, self._running, step, self._end)
         if self._rows.has_drafts:
             can_start = self._rows.num_free > self._running.num_unforked
@@ -208,13 +209,14 @@ class Planner:
         """Returns victims to the queue; if nothing can continue, ends the oldest group."""
         for group in step.preempted:
             self._queue.push(group)
+        step.requeued = True
         idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
         if idle and self._trust.is_full and self._running.groups:
             self.cancel(self._running.groups[0], "capacity")
 
     def complete(self, step: StepBuilder) -> StepPlan:
         """Builds the plan and counts its tokens as computed."""
-        rows, running = self._rows, self._running
+        rows, running, self._building = self._rows, self._running, None
         step.fit(self._step_sizes)
         plan = step.build(self.stats.steps, self._finished, running.released, rows)
         plan = advance(rows, running, plan)
@@ -230,6 +232,24 @@ class Planner:
         self._last, self._repeats = plan, self._num_repeats(plan)
         rows.drop_drafts()
         return plan
+
+    def roll_back(self) -> None:
+        """Undoes a plan whose construction raised, for example in a policy of the caller.
+
+        Preempted groups have lost their rows, and go back to the queue.
+        """
+        step, self._building = self._building, None
+        if step is None:
+            return
+        grown, _, room = step.grown
+        self._rows.room[grown] = room
+        started = [admission.sequence.group for admission in step.admissions]
+        for group in reversed(started):
+            self._running.unstart(group)
+        for fork in reversed(step.forks):
+            self._running.unfork(fork)
+        for group in [*started, *(() if step.requeued else step.preempted)]:
+            self._queue.push(group)
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
         """Undoes the part of the last plan that memory refused. Must be the next call.

@@ -141,12 +141,17 @@ class ReplicatedScheduler:
             planner.settle()
         for group in self._door.deadlines.passed(now):
             self.cancel(group, "deadline")
-        steps = [planner.plan_running() for planner in self._planners]
-        self._start([replica for replica, step in enumerate(steps) if step.takes_new], steps)
-        # Done last, so that no group loses its memory and starts elsewhere in the same plan.
-        for planner, step in zip(self._planners, steps, strict=True):
-            if not step.takes_new:
-                planner.requeue(step)
+        try:
+            steps = [planner.plan_running() for planner in self._planners]
+            self._start([replica for replica, step in enumerate(steps) if step.takes_new], steps)
+            # Done last, so that no group loses its memory and starts elsewhere in the same plan.
+            for planner, step in zip(self._planners, steps, strict=True):
+                if not step.takes_new:
+                    planner.requeue(step)
+        except BaseException:
+            for planner in self._planners:
+                planner.roll_back()
+            raise
         self._plans = [
             planner.complete(step) for planner, step in zip(self._planners, steps, strict=True)
         ]

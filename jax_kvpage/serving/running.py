@@ -176,7 +176,8 @@ class RunningSet:
         """Undoes a fork that memory refused."""
         group = fork.parent.group
         blocks = 0
-        for child, room in zip(fork.children, fork.room, strict=True):
+        # In reverse order, so that a repeated fork gets the same rows.
+        for child, room in reversed(list(zip(fork.children, fork.room, strict=True))):
             blocks += self._rows.blocks(room) - int(self._rows.shared[group.index])
             if child in self.prefilling:
                 self.prefilling.remove(child)

@@ -116,6 +116,9 @@ class Scheduler(Planner):
     def schedule(self, now: float = float("-inf")) -> StepPlan:
         """Plans the next step. The previous plan must have been carried out, or refused.
 
+        If a policy or `find_prefix` raises, nothing has changed, except that groups may have been
+        preempted.
+
         Args:
             now: current time, for deadlines.
         """
@@ -124,9 +127,13 @@ class Scheduler(Planner):
             self.cancel(group, "deadline")
         if (same := self.repeat()) is not None:
             return same
-        step = self.plan_running()
-        if step.takes_new:
-            self.starter.start(step)
-        else:
-            self.requeue(step)
+        try:
+            step = self.plan_running()
+            if step.takes_new:
+                self.starter.start(step)
+            else:
+                self.requeue(step)
+        except BaseException:
+            self.roll_back()
+            raise
         return self.complete(step)

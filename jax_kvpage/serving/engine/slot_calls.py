@@ -6,6 +6,7 @@ cache before its slot is released, and a call never meets a failed step. If the 
 be unusable nevertheless, the call is retried once from a new generation.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -64,12 +65,17 @@ class SlotCalls:
             self.leave(state)
 
     def commit(self, state: SequenceState) -> None:
-        """Commits the tokens of a sequence whose keys and values exist."""
+        """Commits the tokens of a sequence whose keys and values exist.
+
+        Over a mesh, every call reports a fault until a new generation: then they are committed
+        later.
+        """
         final = state.final
         if final > state.committed and self._commits:
             ids = state.ids[state.committed : final]
-            past_fault(lambda: self._pool.commit(state.slot, ids))
-            state.committed = final
+            with contextlib.suppress(DeviceFault):
+                past_fault(lambda: self._pool.commit(state.slot, ids))
+                state.committed = final
 
     def commit_blocks(self, state: SequenceState) -> None:
         """Like `commit`, but only if a block is full or the prompt is complete."""
@@ -87,6 +93,14 @@ class SlotCalls:
         except (jax.errors.JaxRuntimeError, ValueError):
             self.recover()
             return verb(self.cache)
+
+    def _past_fault(self, call: Callable[[], _T]) -> _T:
+        """Like `past_fault`; if the fault is still reported, as over a mesh, recovers first."""
+        try:
+            return past_fault(call)
+        except DeviceFault:
+            self.recover()
+            return call()
 
     def _release(self, slots: Callable[[], list[int]]) -> None:
         """Releases slots; calls `slots` again after a recovery."""

@@ -169,10 +169,10 @@ class Slots(SlotCalls):
             self._enter(state, slot, donor.computed, room)
             state.ids = list(donor.ids)
         try:
-            past_fault(lambda: self._pool.extend(slots, rooms))
+            self._past_fault(lambda: self._pool.extend(slots, rooms))
         except OutOfBlocks:
             jax.block_until_ready(self.cache)
-            past_fault(lambda: self._pool.extend(slots, rooms))
+            self._past_fault(lambda: self._pool.extend(slots, rooms))
 
     def find(self, state: SequenceState, replica: int = 0) -> int:
         """Tokens that `acquire` will find on a replica if nothing is evicted before."""
@@ -219,7 +219,7 @@ class Slots(SlotCalls):
         self._swap.forget(group)
         self._enter(state, slot, tokens, max(room, len(state.ids)))
         try:
-            past_fault(lambda: self._pool.extend(slot, state.room))
+            self._past_fault(lambda: self._pool.extend(slot, state.room))
         except OutOfBlocks:
             self._release(lambda: [state.slot])
             self.leave(state)
@@ -262,7 +262,7 @@ class Slots(SlotCalls):
         try:
             if pairs:
                 slots, rooms = [s.slot for s, _ in pairs], [n for _, n in pairs]
-                past_fault(lambda: self._pool.extend(slots, rooms))
+                self._past_fault(lambda: self._pool.extend(slots, rooms))
             got = pairs
         except OutOfBlocks:
             got = [pair for pair in pairs if self._extend_one(*pair)]
