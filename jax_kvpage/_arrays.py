@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _compat
+from jax_kvpage._values import is_integer
 
 __all__ = [
     "as_bool",
@@ -41,7 +42,6 @@ def _wrong(name: str, wanted: str, value: Any) -> ValueError:
             f"{name}: wanted {wanted} known to the host, got the traced {jax.typeof(value)}: make "
             "this call outside of jit, scan and vmap, or give it a Python value"
         )
-    wanted = wanted.rstrip(",")
     return ValueError(f"{name}: wanted {wanted}, got {type(value).__name__} {_show(value)}")
 
 
@@ -105,7 +105,7 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
     number = _int_of(value)
     if number is not None:
         return [host_int(name, number)], True
-    wanted = "an int, or a list, tuple or one-dimensional array of ints,"
+    wanted = "an int, or a list, tuple or one-dimensional array of ints"
     array = isinstance(value, (np.ndarray, jax.Array))
     if isinstance(value, jax.core.Tracer) or not (array or isinstance(value, (list, tuple, range))):
         raise _wrong(name, wanted, value)
@@ -113,7 +113,7 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
         # The dtype of an empty array does not matter: NumPy makes it float64 by default.
         if value.ndim != 1 or (value.size and not jnp.issubdtype(value.dtype, jnp.integer)):
             got = f"{value.dtype}{list(value.shape)}"
-            raise ValueError(f"{name}: wanted {wanted} got {got}")
+            raise ValueError(f"{name}: wanted {wanted}, got {got}")
         value = jax.device_get(value).tolist()
     return [host_int(f"{name}[{i}]", element) for i, element in enumerate(value)], False
 
@@ -142,14 +142,10 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _token_ids(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1:
         return np.ascontiguousarray(value)
-    if isinstance(value, list) and value and _is_int(value[0]):  # what tokenizers return
+    if isinstance(value, list) and value and is_integer(value[0]):  # what tokenizers return
         # Rejects everything except bools and integers that fit; faster than np.array.
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             array = np.frombuffer(packed("i", value), np.int32)
@@ -157,7 +153,7 @@ def _token_ids(name: str, value: Any) -> np.ndarray:
                 return array
     ids, single = host_ints(name, value)
     if single:
-        raise _wrong(name, "a list, tuple or one-dimensional array of ints,", value)
+        raise _wrong(name, "a list, tuple or one-dimensional array of ints", value)
     return np.asarray(ids, np.int32)
 
 
@@ -189,7 +185,7 @@ def as_host_array(name: str, values: Any) -> Any:
     """
     if isinstance(values, jax.Array):
         return _narrowed(values)
-    wanted = "an int32 array, or a list of ints,"
+    wanted = "an int32 array, or a list of ints"
     if isinstance(values, (list, tuple)):
         if any(isinstance(element, jax.core.Tracer) for element in values):
             return _stacked(name, values)

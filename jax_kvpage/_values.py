@@ -1,10 +1,10 @@
-"""Checks numbers and texts that callers give, without JAX."""
+"""Checks numbers, texts and collections that callers give, without JAX."""
 
 import math
 import numbers
 from typing import Any, TypeGuard
 
-__all__ = ["as_text", "host_float", "is_integer", "is_number", "is_text"]
+__all__ = ["as_text", "as_tuple", "host_float", "is_integer", "is_number", "is_text"]
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
@@ -42,6 +42,13 @@ def host_float(name: str, value: Any, low: float, high: float, wanted: str | Non
         wanted = wanted or f"a number from {low} to {high}"
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
     return float(value)
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns a collection as a tuple, None as an empty tuple, and any other value unchanged."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list, set, frozenset, range)) else value
 
 
 def is_text(value: Any) -> TypeGuard[str]:

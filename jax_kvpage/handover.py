@@ -231,7 +231,7 @@ class HandoverCalls:
         """
         self._native.refuse_mesh("export_blocks")
         slot = host_int("export_blocks: slot", slot)
-        _check_fingerprint("export_blocks", fingerprint)
+        as_text("export_blocks: fingerprint", fingerprint)
         if cache is not None:
             self._queue.check_cache("export_blocks", cache)
             wait_for((cache.epoch, cache.lengths))
@@ -281,7 +281,7 @@ class HandoverCalls:
         """
         self._native.refuse_mesh("import_blocks")
         self._queue.check_cache("import_blocks", cache)
-        _check_fingerprint("import_blocks", fingerprint)
+        as_text("import_blocks: fingerprint", fingerprint)
         wait = as_bool("import_blocks: wait", wait)
         received = handover if isinstance(handover, Handover) else Handover(handover)
         native = received._open()
@@ -302,7 +302,3 @@ class HandoverCalls:
 def _number(descriptor: Any) -> int:
     fd = descriptor.fileno() if hasattr(descriptor, "fileno") else descriptor
     return host_int("Handover: descriptor", fd, low=0)
-
-
-def _check_fingerprint(op: str, fingerprint: Any) -> None:
-    as_text(f"{op}: fingerprint", fingerprint)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage._block_size import MAX_INT32, TOKEN_MULTIPLE, choose_block_tokens, round_up
+from jax_kvpage._values import is_integer
 
 __all__ = ["CacheSpec"]
 
@@ -45,10 +46,6 @@ _LARGEST = {
 # layer, half a GiB at this limit; block numbers are stored only for mapped blocks.
 _MAX_RANGES = 2**28
 _MAX_INT64 = 2**63 - 1
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _raise_all(what: str, reasons: list[str]) -> None:
@@ -99,7 +96,7 @@ class CacheSpec:
         reasons = []
         for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if not _is_int(value) or not 1 <= value <= most:
+            if not is_integer(value) or not 1 <= value <= most:
                 reasons.append(f"{name} must be an integer from 1 to {most}, got {value!r}")
             else:
                 object.__setattr__(self, name, int(value))
@@ -116,7 +113,7 @@ class CacheSpec:
             reasons.append(f"layout must be {known} (or None for the default), got {self.layout!r}")
         tokens = self.block_tokens
         if tokens is not None:
-            if not _is_int(tokens) or not 1 <= tokens <= MAX_INT32:
+            if not is_integer(tokens) or not 1 <= tokens <= MAX_INT32:
                 reasons.append(f"block_tokens must be a positive integer or None, got {tokens!r}")
             elif tokens % TOKEN_MULTIPLE:
                 reasons.append(
@@ -126,7 +123,7 @@ class CacheSpec:
             else:
                 object.__setattr__(self, "block_tokens", int(tokens))
         if self.granule is not None and (
-            not _is_int(self.granule) or self.granule not in GRANULE_BYTES.values()
+            not is_integer(self.granule) or self.granule not in GRANULE_BYTES.values()
         ):
             reasons.append(f"granule is set by resolve(), got {self.granule!r}")
         _raise_all("CacheSpec", reasons)
@@ -172,7 +169,7 @@ class CacheSpec:
         if platform not in GRANULE_BYTES:
             known = " or ".join(repr(name) for name in GRANULE_BYTES)
             raise ValueError(f"CacheSpec.resolve: platform must be {known}, got {platform!r}")
-        if capacity is not None and (not _is_int(capacity) or not 1 <= capacity <= _MAX_INT64):
+        if capacity is not None and (not is_integer(capacity) or not 1 <= capacity <= _MAX_INT64):
             raise ValueError(
                 f"CacheSpec.resolve: capacity must be an integer from 1 to {_MAX_INT64}, "
                 f"got {capacity!r}"

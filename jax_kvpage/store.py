@@ -1,5 +1,6 @@
 """A storage tier below memory: files of KV blocks, shared by pools and processes."""
 
+import math
 import os
 import pathlib
 import time
@@ -10,7 +11,7 @@ from jax_kvpage import _native
 from jax_kvpage._capacity import bytes_of
 from jax_kvpage._closing import Closing
 from jax_kvpage._native_pool import checked
-from jax_kvpage._values import as_text
+from jax_kvpage._values import as_text, host_float, is_text
 from jax_kvpage.errors import KVPageError
 
 __all__ = ["BlockStore", "StoreStats", "StoredFile", "list_files", "prune"]
@@ -119,7 +120,8 @@ class BlockStore(Closing):
         limit: int | str | None = "8GiB",
         fingerprint: str = "",
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        text = os.fspath(path) if isinstance(path, os.PathLike) else path
+        if not is_text(text) or "\0" in text:
             raise ValueError(f"BlockStore: path: wanted the path of a directory, got {path!r}")
         self._path = pathlib.Path(path)
         self._limit = None if limit is None else bytes_of("BlockStore: limit", limit)
@@ -229,11 +231,8 @@ def prune(
         most = 0 if limit == 0 and not isinstance(limit, bool) else bytes_of("prune: limit", limit)
     used_before = 0.0
     if older_than is not None:
-        if isinstance(older_than, bool) or not isinstance(older_than, (int, float)):
-            raise ValueError(f"prune: older_than: wanted seconds, got {older_than!r}")
-        if not older_than >= 0:
-            raise ValueError(f"prune: older_than: wanted at least 0 seconds, got {older_than}")
-        used_before = time.time() - older_than
+        wanted = "at least 0 seconds"
+        used_before = time.time() - host_float("prune: older_than", older_than, 0, math.inf, wanted)
     removed: list[str] = checked(_native.store_prune, os.fspath(path), most, used_before)
     return removed
 

@@ -55,11 +55,12 @@ def test_numbers_of_numpy_are_numbers(pool: kvp.KVPool) -> None:
 
 def test_flags_are_bools(pool: kvp.KVPool) -> None:
     slot, cache = pool.acquire(pool.cache(), 5)
+    wrong: Any = "no"
     with pytest.raises(ValueError, match="block_map: owners: wanted True or False, got str 'no'"):
-        pool.block_map(slot, owners="no")  # type: ignore[call-overload]
+        pool.block_map(slot, owners=wrong)
     q = jnp.zeros((1, 4, pool.spec.head_dim))
     with pytest.raises(ValueError, match="return_lse: wanted True or False, got str 'no'"):
-        kvp.paged_attention(q, cache, kvp.Batch.decode([slot]), layer=0, return_lse="no")  # type: ignore[call-overload]
+        kvp.paged_attention(q, cache, kvp.Batch.decode([slot]), layer=0, return_lse=wrong)
 
 
 def test_write_ahead_needs_a_store() -> None:
@@ -108,7 +109,8 @@ def _with_tables(**changed: Any) -> jax.Array:
         "block_tables": np.asarray([[0, 1], [2, 3]]),
         "lengths": np.asarray([20, 30]),
     }
-    return kvp.paged_attention_with_tables(**(arguments | changed))  # type: ignore[no-any-return]
+    out: jax.Array = kvp.paged_attention_with_tables(**(arguments | changed))
+    return out
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -160,8 +162,30 @@ def test_paths_that_are_no_directories(tmp_path: pathlib.Path) -> None:
     for path in (file, file / "below", file / "far" / "below"):
         with pytest.raises(kvp.KVPageError, match=r"file"):
             kvp.BlockStore(path)
-    for path in (3, "a\0b", b"bytes", None):
+    wrong: list[Any] = [3, "a\0b", b"bytes", _NO_TEXT, None]
+    for path in wrong:
         with pytest.raises(ValueError, match="path: wanted the path of a directory"):
-            kvp.BlockStore(path)  # type: ignore[arg-type]
+            kvp.BlockStore(path)
     with pytest.raises(ValueError, match="fingerprint: wanted text that UTF-8 can encode"):
         kvp.BlockStore(tmp_path / "store", fingerprint=_NO_TEXT)
+
+
+def test_scattered_values_fit_their_type(pool: kvp.KVPool) -> None:
+    slot, _ = pool.acquire(pool.cache(), 5)
+    made = kvp.spread(pool, [slot], [2], num_tokens=4)
+    for values in ([2**40, 1], np.asarray([2**63, 1], np.uint64)):
+        with pytest.raises(ValueError, match="scatter: values: wanted integers that fit int32"):
+            made.scatter(values)
+    for fill in (0.5, 2**31, True):
+        with pytest.raises(ValueError, match="scatter: fill: wanted an int"):
+            made.scatter([5, 1], fill=fill)
+    assert made.scatter([5, 1], fill=-1).tolist() == [5, 1, -1, -1]
+    assert made.scatter(np.asarray([0.5, 1]), fill=0.25).tolist() == [0.5, 1, 0.25, 0.25]
+
+
+def test_ages_of_files_are_numbers(tmp_path: pathlib.Path) -> None:
+    assert kvp.store.prune(tmp_path, older_than=np.int64(5)) == []
+    wrong: list[Any] = ["1h", True, -1, float("nan")]
+    for age in wrong:
+        with pytest.raises(ValueError, match="older_than: wanted at least 0 seconds"):
+            kvp.store.prune(tmp_path, older_than=age)

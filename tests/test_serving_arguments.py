@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving import (
     BeamSearchParams,
@@ -82,13 +81,14 @@ def test_min_tokens_may_be_any_number_up_to_max_tokens(engine: Engine) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     plain = SamplingParams(temperature=0.5, top_k=5, seed=5, stop_token_ids=(7,), max_tokens=3)
-    numpy = SamplingParams(
-        temperature=np.float32(0.5),  # type: ignore[arg-type]
-        top_k=np.int64(5),  # type: ignore[arg-type]
-        seed=np.uint32(5),  # type: ignore[arg-type]
-        stop_token_ids=(np.int32(7),),  # type: ignore[arg-type]
-        max_tokens=np.int64(3),  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(5),
+        "seed": np.uint32(5),
+        "stop_token_ids": (np.int32(7),),
+        "max_tokens": np.int64(3),
+    }
+    numpy = SamplingParams(**options)
     assert plain == numpy
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
         outputs = engine.generate([_IDS, _IDS], [plain, numpy])
@@ -136,6 +136,7 @@ def test_none_means_no_stops() -> None:
         {"priority": "high"},
         {"deadline": "soon"},
         {"prefix_key": []},
+        {"prefix_key": ([],)},
     ],
 )
 def test_wrong_requests_of_the_scheduler_are_named(wrong: dict[str, Any]) -> None:

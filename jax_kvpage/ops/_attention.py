@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_kvpage import _compat
 from jax_kvpage._arrays import as_bool, as_int32
-from jax_kvpage._values import is_number
+from jax_kvpage._values import is_integer, is_number
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import ADDRESSINGS, absent, check_implementation
 
@@ -61,7 +61,7 @@ def _window(value: Any, problems: list[str]) -> Any:
         return np.int32(0)
     if isinstance(value, (jax.Array, np.ndarray)):
         return as_int32("sliding_window", value)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not is_integer(value) or value < 1:
         problems.append(
             "sliding_window: wanted None, an int from 1 (a token sees itself and the window - 1 "
             f"before it) or a traced int32 scalar (0 or less means no window), got {value!r}"

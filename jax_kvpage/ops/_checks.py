@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_kvpage import _compat
 from jax_kvpage._arrays import as_int32
+from jax_kvpage._values import is_integer
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.spec import CacheSpec
 
@@ -213,7 +214,7 @@ def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
         spec: spec of the cache.
         problems: list to which a mistake is added.
     """
-    if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool):
+    if is_integer(layer):
         if not 0 <= layer < spec.num_layers:
             last = spec.num_layers - 1
             problems.append(f"layer: wanted 0 to {last}, the spec has {last + 1}, got {layer}")

@@ -100,9 +100,9 @@ def paged_attention_with_tables(
         jax.errors.JaxRuntimeError: at run time on cpu: malformed offsets, lengths beyond the table,
             or a page number out of range.
     """
-    arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
-    check_arrays("paged_attention_with_tables", q=q, **arrays, lengths=lengths)
     name = "paged_attention_with_tables"
+    arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
+    check_arrays(name, q=q, **arrays, lengths=lengths)
     block_tables = as_int32(f"{name}: block_tables", block_tables)
     lengths = as_int32(f"{name}: lengths", lengths)
     if query_offsets is not None:
@@ -116,6 +116,7 @@ def paged_attention_with_tables(
     if not isinstance(kv_layout, str) or kv_layout not in _LAYOUTS:
         known = " or ".join(map(repr, _LAYOUTS))
         problems.append(f"kv_layout: wanted {known}, got {kv_layout!r}")
+        kv_layout = "NHD"
     sequences = jnp.shape(lengths)[0] if jnp.ndim(lengths) else 0
     if query_offsets is None:
         query_offsets = jnp.arange(sequences + 1, dtype=jnp.int32)
@@ -125,7 +126,7 @@ def paged_attention_with_tables(
                 f"has {jnp.shape(q)[0]}"
             )
     operands = (q, k_pages, v_pages, block_tables, lengths, query_offsets, *options)
-    params["kv_layout"] = _LAYOUTS.get(kv_layout, 0) if isinstance(kv_layout, str) else 0
+    params["kv_layout"] = _LAYOUTS[kv_layout]
     out, lse = _lowering.bind(attend_with_tables_p, _abstract, operands, params, problems)
     return (out, lse) if return_lse else out
 

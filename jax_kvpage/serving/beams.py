@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from jax_kvpage._values import is_integer, is_number
-from jax_kvpage.serving.params import SamplingParams, as_tuple
+from jax_kvpage._values import as_tuple, is_integer, is_number
+from jax_kvpage.serving.params import SamplingParams
 
 __all__ = ["BeamSearch", "BeamSearchParams", "Hypothesis", "Params"]
 

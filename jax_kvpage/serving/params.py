@@ -2,19 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
 
-from jax_kvpage._values import is_integer, is_number
+from jax_kvpage._values import as_tuple, is_integer, is_number
 from jax_kvpage.serving.structured import StructuredOutputsParams
 
-__all__ = ["SamplingParams", "as_tuple"]
-
-
-def as_tuple(value: Any) -> Any:
-    """Converts a sequence to a tuple, and None to an empty one; returns anything else as it is."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (tuple, list, set, frozenset, range)) else value
+__all__ = ["SamplingParams"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

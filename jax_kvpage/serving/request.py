@@ -85,8 +85,10 @@ class Request:
             raise ValueError(f"Request: priority is {self.priority!r}, wanted an int of 64 bits")
         if self.deadline is not None and not is_number(self.deadline):
             raise ValueError(f"Request: deadline is {self.deadline!r}, wanted a number, or None")
-        if not isinstance(self.prefix_key, Hashable):
-            raise ValueError(f"Request: prefix_key is {self.prefix_key!r}, wanted a hashable value")
+        try:
+            hash(self.prefix_key)
+        except TypeError as error:
+            raise ValueError(f"Request: prefix_key is {self.prefix_key!r}: {error}") from error
         if self.num_prefix_tokens > self.num_prompt_tokens:
             raise ValueError(
                 f"Request: num_prefix_tokens is {self.num_prefix_tokens}, but the prompt has "
