@@ -152,6 +152,60 @@ def test_random_requests_under_pressure(replicas: int, policy: int) -> None:
     assert preempted > 0
 
 
+class _Failed(Exception):
+    pass
+
+
+class _FailingServer(_Server):
+    """Its prefix cache raises at random; the server plans again."""
+
+    def __init__(self, parts: list[PlainMemory], seed: int, **options: Any) -> None:
+        self.chance = random.Random(seed)
+        self.failures = 0
+        super().__init__(parts, seed, find_prefix=self._find, **options)
+        self.insist, self.scheduler.schedule = self.scheduler.schedule, self._schedule
+
+    def _find(self, *of: Any) -> tuple[int, int]:
+        if self.chance.random() < 0.3:
+            raise _Failed
+        return 0, 0
+
+    def _schedule(self, now: float) -> StepPlan:
+        while True:
+            try:
+                return self.insist(now)
+            except _Failed:
+                self.failures += 1
+
+    def _release(self, plan: StepPlan, stopped: set[Sequence]) -> None:
+        # The victims of a plan that failed are in none.
+        super()._release(plan, stopped | set(self.computed))
+
+
+def test_a_plan_that_raises_loses_no_request() -> None:
+    """One replica has preempted requests when another one's look-up raises."""
+    in_no_plan = 0
+    for seed in range(num_cases(8, 100)):
+        rng = random.Random(seed)
+        parts = [PlainMemory(16, 16, 1024, _ROWS + 2, 0) for _ in range(2)]
+        server = _FailingServer(
+            parts, seed, max_num_seqs=_ROWS, max_num_batched_tokens=24, **_POLICIES[0]
+        )
+        for _ in range(120):
+            if rng.random() < 0.4:
+                server.add(
+                    num_prompt_tokens=rng.randint(1, 60),
+                    max_tokens=rng.randint(1, 120),
+                    n=rng.choice([1, 1, 2]),
+                )
+            server.step()
+        server.run()
+        assert server.failures > 0
+        in_no_plan += sum(group.num_preemptions for group in server.groups)
+        in_no_plan -= server.scheduler.stats.preemptions
+    assert in_no_plan > 0
+
+
 def test_one_replica_plans_what_a_scheduler_plans() -> None:
     plans = []
     for make in (Scheduler, lambda memory, **options: ReplicatedScheduler([memory], **options)):

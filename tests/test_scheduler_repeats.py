@@ -63,7 +63,7 @@ def _fields(plan: StepPlan) -> dict[str, Any]:
     }
 
 
-def _count_repeats(server: Server) -> list[StepPlan]:
+def _count_repeats(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     """Returns a list to which every repeated plan of a server is added."""
     repeat: Callable[[], StepPlan | None] = server.scheduler.repeat
     repeated: list[StepPlan] = []
@@ -74,7 +74,7 @@ def _count_repeats(server: Server) -> list[StepPlan]:
             repeated.append(plan)
         return plan
 
-    server.scheduler.repeat = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(server.scheduler, "repeat", counted)
     return repeated
 
 
@@ -107,10 +107,10 @@ def _act(server: Server, chance: random.Random, refuses: bool = True) -> list[di
 
 
 @pytest.mark.parametrize("seed", range(num_cases(12, 100)))
-def test_repeated_plans_equal_new_ones(seed: int) -> None:
+def test_repeated_plans_equal_new_ones(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     repeats, plans_anew = _server(seed), _server(seed)
-    repeated = _count_repeats(repeats)
-    plans_anew.scheduler.repeat = lambda: None  # type: ignore[method-assign]
+    repeated = _count_repeats(repeats, monkeypatch)
+    monkeypatch.setattr(plans_anew.scheduler, "repeat", lambda: None)
     chances = random.Random(seed), random.Random(seed)
     for _ in range(150):
         assert _act(repeats, chances[0]) == _act(plans_anew, chances[1])
@@ -141,7 +141,7 @@ class _Failed(Exception):
 
 
 @pytest.mark.parametrize("seed", range(num_cases(8, 100)))
-def test_a_plan_that_raises_changes_nothing(seed: int) -> None:
+def test_a_plan_that_raises_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy and the prefix cache raise at random; the next attempt gives the plan as usual."""
     policy = _Failing(random.Random(seed))
 
@@ -168,7 +168,7 @@ def test_a_plan_that_raises_changes_nothing(seed: int) -> None:
             with contextlib.suppress(_Failed):
                 return schedule(now)
 
-    servers[0].scheduler.schedule = insist  # type: ignore[method-assign]
+    monkeypatch.setattr(servers[0].scheduler, "schedule", insist)
     chances = random.Random(seed), random.Random(seed)
     for _ in range(100):
         plans = [_act(*pair, refuses=False) for pair in zip(servers, chances, strict=True)]
@@ -176,9 +176,9 @@ def test_a_plan_that_raises_changes_nothing(seed: int) -> None:
     assert policy.raised > 10
 
 
-def test_a_steady_decode_is_mostly_repeated() -> None:
+def test_a_steady_decode_is_mostly_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     server = _server(0)
-    repeated = _count_repeats(server)
+    repeated = _count_repeats(server, monkeypatch)
     for _ in range(4):
         server.add(num_prompt_tokens=5, max_tokens=64)
     while server.scheduler.has_unfinished:

@@ -7,10 +7,17 @@ from typing import Any
 import jax
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
-from jax_kvpage.serving import Engine, ExpectedGrowth, Load, SamplingParams, SequenceGroup
+from jax_kvpage.serving import (
+    BeamSearchParams,
+    Engine,
+    ExpectedGrowth,
+    Load,
+    SamplingParams,
+    SequenceGroup,
+    StepPlan,
+)
 from jax_kvpage.serving.engine.programs import Programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -144,7 +151,7 @@ def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> Non
 
         monkeypatch.setattr(pool, "commit", commit)
         outputs = [engine.add_request(prompt, params) for prompt in prompts]
-        assert rig.run_through_interrupts(engine) == 1
+        assert rig.run_through(KeyboardInterrupt, engine) == 1
         for output, (expected,) in zip(outputs, wanted, strict=True):
             found = output.outputs[0]
             assert found.finish_reason == "error" or found.token_ids == expected
@@ -190,7 +197,7 @@ def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
     with rig.pool() as pool:
         with Engine(rig.step, rig.params(), pool, rig.config(), detokenize=text) as engine:
             outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
-            assert rig.run_through_interrupts(engine) == 1
+            assert rig.run_through(KeyboardInterrupt, engine) == 1
             for output, tokens in zip(outputs, expected, strict=True):
                 found = output.outputs[0]
                 assert found.finish_reason == "error" or [found.token_ids] == tokens
@@ -228,7 +235,7 @@ def test_an_interrupt_while_another_is_cleared_up(expected, monkeypatch) -> None
             return real(*args)
 
         monkeypatch.setattr(pool, "release", release)
-        assert rig.run_through_interrupts(engine) == 3
+        assert rig.run_through(KeyboardInterrupt, engine) == 3
         assert all(output.finished for output in outputs)
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
@@ -315,6 +322,34 @@ def test_a_recovery_that_fails_is_made_again(expected, monkeypatch, error: BaseE
         rig.check_empty(pool)
 
 
+def test_a_search_whose_admission_is_lost(expected, monkeypatch) -> None:
+    """Its prompt is cached, so it runs no token in the step that admits it."""
+    search = BeamSearchParams(beam_width=2, max_tokens=4)
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        engine.generate([_PROMPTS[1]], _GREEDY)  # into the prefix cache
+        other = engine.add_request(_PROMPTS[0], _GREEDY)
+        engine.step()
+        output = engine.add_request(_PROMPTS[1][:33], search)
+        claim = engine._slots.claim
+
+        def failing(plan: StepPlan, *args: Any) -> StepPlan:
+            if plan.admissions:
+                monkeypatch.setattr(engine._slots, "claim", claim)
+                assert plan.admissions[0].sequence not in plan.sequences
+                raise ZeroDivisionError("in a claim")
+            return claim(plan, *args)
+
+        monkeypatch.setattr(engine._slots, "claim", failing)
+        assert rig.run_through(ZeroDivisionError, engine) == 1
+        assert {each.finish_reason for each in output.outputs} == {"error"}
+        assert output.error == "ZeroDivisionError: in a claim"
+        assert engine.stats.failures == 0
+        assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        assert other.finished
+        engine.close()
+        rig.check_empty(pool)
+
+
 class _RaisesOnce(ExpectedGrowth):
     """A caller's policy with an error."""
 
@@ -335,12 +370,6 @@ def test_a_policy_that_raises_changes_nothing(call: int) -> None:
     options = rig.config(admission=_RaisesOnce(call))
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, options) as engine:
         outputs = [engine.add_request(*each) for each in zip(rig.PROMPTS, rig.MIXED, strict=True)]
-        raised = 0
-        while engine.has_unfinished:
-            try:
-                engine.step()
-            except ZeroDivisionError:
-                raised += 1
-        assert raised == 1
+        assert rig.run_through(ZeroDivisionError, engine) == 1
         assert rig.tokens(outputs) == rig.alone()
         assert engine.stats.failures == 0

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import (
@@ -56,19 +55,20 @@ def test_a_call_may_be_the_first_to_hear_of_a_fault(alone, monkeypatch) -> None:
         def fail_once(name: str) -> None:
             real = getattr(pool, name)
 
-            def call(*args: Any) -> None:
+            def call(*args: Any) -> Any:
                 if name not in told:
                     told.append(name)
                     raise kvp.DeviceFault("from an earlier step")
-                real(*args)
+                return real(*args)
 
             monkeypatch.setattr(pool, name, call)
 
         fail_once("extend")
         fail_once("commit")
+        fail_once("find_prefix")
         outputs = engine.generate(rig.PROMPTS[:4], rig.MIXED[:4])
         assert rig.tokens(outputs) == alone[:4]
-        assert sorted(told) == ["commit", "extend"]
+        assert sorted(told) == ["commit", "extend", "find_prefix"]
 
 
 def _poisoned(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
@@ -172,7 +172,7 @@ def test_an_interrupt_ends_the_requests_of_its_step(alone, monkeypatch, name: st
         monkeypatch.setattr(pool, name, call)
         params = [dataclasses.replace(each, n=2) for each in rig.MIXED]
         outputs = [engine.add_request(p, s) for p, s in zip(rig.PROMPTS, params, strict=True)]
-        assert rig.run_through_interrupts(engine) == 1
+        assert rig.run_through(KeyboardInterrupt, engine) == 1
         reasons = []
         for output, (expected,) in zip(outputs, alone, strict=True):
             reasons.append({each.finish_reason for each in output.outputs})

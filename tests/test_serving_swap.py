@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import CostAware, Engine, SamplingParams
@@ -197,7 +196,16 @@ def test_a_restart_finds_prompts_in_the_store(
             reads.append(engine.stats.running)
             return real(*args, **options)
 
-        pool.prefetch = prefetch  # type: ignore[method-assign]
+        stored = pool.stored_prefix
+        faults = iter([kvp.DeviceFault("from an earlier step")])
+
+        def stored_prefix(*args: Any) -> int:
+            for fault in faults:  # reported once, as on CUDA
+                raise fault
+            return stored(*args)
+
+        monkeypatch.setattr(pool, "prefetch", prefetch)
+        monkeypatch.setattr(pool, "stored_prefix", stored_prefix)
         unknown = engine.add_request(PROMPTS[0], LONG)
         engine.step()
         outputs = [engine.add_request(prompt, short) for prompt in prompts]

@@ -35,7 +35,6 @@ class StepBuilder:
         budget: tokens that may still be added.
         blocked: groups whose siblings cannot be forked yet.
         preempted: groups preempted in this step.
-        requeued: whether these are back in the queue.
         swapped: preempted groups that are swapped out.
         forks: see `StepPlan`.
         admissions: see `StepPlan`.
@@ -55,7 +54,6 @@ class StepBuilder:
         self._most_tokens = budget
         self.blocked: list[SequenceGroup] = []
         self.preempted: list[SequenceGroup] = []
-        self.requeued = False
         self.swapped: list[SequenceGroup] = []
         self.forks: list[Fork] = []
         self.admissions: list[Admission] = []

@@ -93,7 +93,6 @@ class Planner:
             self.cancel,
         )
         self._ran = False  # whether the last plan ran anything
-        self._building: StepBuilder | None = None  # the plan under construction
         self._last: StepPlan | None = None
         self._repeats = 0  # how often the last plan can be repeated before a row needs anything
 
@@ -192,9 +191,18 @@ class Planner:
         self.stats.steps += 1
         return self._last
 
-    def plan_running(self) -> StepBuilder:
-        """Starts a plan with the sequences that have memory."""
-        step = self._building = self._begin()
+    def begin(self) -> StepBuilder:
+        """Starts a plan: looks at what memory has."""
+        if self._needs_no_memory():  # most steps; asking memory may be slow
+            return StepBuilder(0, 0, 0, 0, self._budget)
+        memory, running = self._memory, self._running
+        free = self._trust.usable(memory.free_blocks())
+        coming = memory.draining_blocks() + running.releasing
+        slots = memory.free_slots() - running.promised_slots
+        return StepBuilder(free, running.promised, coming, slots, self._budget)
+
+    def plan_running(self, step: StepBuilder) -> None:
+        """Adds the sequences that have memory to a plan."""
         fork_ready(self._rows, self._running, step, self._end)
         if self._rows.has_drafts:
             can_start = self._rows.num_free > self._running.num_unforked
@@ -203,20 +211,18 @@ class Planner:
             self._rows.trim_drafts(self._budget, pending)
         self._growth.decode(step)
         step.prefill(self._rows, self._running.prefilling)
-        return step
 
-    def requeue(self, step: StepBuilder) -> None:
-        """Returns victims to the queue; if nothing can continue, ends the oldest group."""
-        for group in step.preempted:
-            self._queue.push(group)
-        step.requeued = True
+    def end_stuck(self, step: StepBuilder) -> None:
+        """Ends the oldest group if nothing can continue."""
         idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
         if idle and self._trust.is_full and self._running.groups:
             self.cancel(self._running.groups[0], "capacity")
 
     def complete(self, step: StepBuilder) -> StepPlan:
-        """Builds the plan and counts its tokens as computed."""
-        rows, running, self._building = self._rows, self._running, None
+        """Builds the plan, counts its tokens as computed, and returns its victims to the queue."""
+        rows, running = self._rows, self._running
+        for group in step.preempted:
+            self._queue.push(group)
         step.fit(self._step_sizes)
         plan = step.build(self.stats.steps, self._finished, running.released, rows)
         plan = advance(rows, running, plan)
@@ -233,14 +239,11 @@ class Planner:
         rows.drop_drafts()
         return plan
 
-    def roll_back(self) -> None:
+    def roll_back(self, step: StepBuilder) -> None:
         """Undoes a plan whose construction raised, for example in a policy of the caller.
 
-        Preempted groups have lost their rows, and go back to the queue.
+        Its victims have lost their rows. They go back to the queue, without having been in a plan.
         """
-        step, self._building = self._building, None
-        if step is None:
-            return
         grown, _, room = step.grown
         self._rows.room[grown] = room
         started = [admission.sequence.group for admission in step.admissions]
@@ -248,7 +251,7 @@ class Planner:
             self._running.unstart(group)
         for fork in reversed(step.forks):
             self._running.unfork(fork)
-        for group in [*started, *(() if step.requeued else step.preempted)]:
+        for group in [*started, *step.preempted]:
             self._queue.push(group)
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
@@ -318,15 +321,6 @@ class Planner:
             self._finished.append(group)
             if waits:
                 self._queue.leave()
-
-    def _begin(self) -> StepBuilder:
-        if self._needs_no_memory():  # most steps; asking memory may be slow
-            return StepBuilder(0, 0, 0, 0, self._budget)
-        memory, running = self._memory, self._running
-        free = self._trust.usable(memory.free_blocks())
-        coming = memory.draining_blocks() + running.releasing
-        slots = memory.free_slots() - running.promised_slots
-        return StepBuilder(free, running.promised, coming, slots, self._budget)
 
     def _needs_no_memory(self) -> bool:
         """Whether the step can only run sequences that already have room."""

@@ -141,17 +141,19 @@ class ReplicatedScheduler:
             planner.settle()
         for group in self._door.deadlines.passed(now):
             self.cancel(group, "deadline")
+        steps = [planner.begin() for planner in self._planners]
         try:
-            steps = [planner.plan_running() for planner in self._planners]
+            for planner, step in zip(self._planners, steps, strict=True):
+                planner.plan_running(step)
             self._start([replica for replica, step in enumerate(steps) if step.takes_new], steps)
-            # Done last, so that no group loses its memory and starts elsewhere in the same plan.
             for planner, step in zip(self._planners, steps, strict=True):
                 if not step.takes_new:
-                    planner.requeue(step)
+                    planner.end_stuck(step)
         except BaseException:
-            for planner in self._planners:
-                planner.roll_back()
+            for planner, step in zip(self._planners, steps, strict=True):
+                planner.roll_back(step)
             raise
+        # Victims go to the queue here, so that none starts elsewhere in the same plan.
         self._plans = [
             planner.complete(step) for planner, step in zip(self._planners, steps, strict=True)
         ]

@@ -127,13 +127,14 @@ class Scheduler(Planner):
             self.cancel(group, "deadline")
         if (same := self.repeat()) is not None:
             return same
+        step = self.begin()
         try:
-            step = self.plan_running()
+            self.plan_running(step)
             if step.takes_new:
                 self.starter.start(step)
             else:
-                self.requeue(step)
+                self.end_stuck(step)
         except BaseException:
-            self.roll_back()
+            self.roll_back(step)
             raise
         return self.complete(step)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from jax_kvpage.errors import DeviceFault, PoolClosed
+from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.config import EngineConfig
@@ -244,7 +244,7 @@ class EngineCore:
                 rows = np.asarray([state.row for state in guesses], np.int32)
                 counts = np.asarray([len(each) for each in guesses.values()], np.int32)
                 self.scheduler.set_drafts(rows, counts)
-            plan = self._plan()
+            plan = self.scheduler.schedule(self._clock())
         except PoolClosed as error:
             self._abandon(error)
             raise
@@ -260,22 +260,6 @@ class EngineCore:
             self._guesser.follow(self._slots.occupied())
         if plan.is_empty and self.scheduler.has_unfinished:
             self._slots.wait(self._memory.is_draining)
-
-    def _plan(self) -> StepPlan:
-        """Plans the next step; a plan that raises changes nothing.
-
-        Over a mesh, calls of the planner report that a step in flight has failed, until a new
-        generation: reading that step back starts one.
-        """
-        try:
-            return self.scheduler.schedule(self._clock())
-        except DeviceFault:
-            before = self._runner.generations
-            self._reader.read()
-            self._reader.tell()
-            if self._runner.generations == before:
-                self._slots.recover()
-            return self.scheduler.schedule(self._clock())
 
     def _find_prefix(self, group: SequenceGroup, replica: int) -> tuple[int, int]:
         """Cached tokens of a group, and 0: how many of their blocks are in use is unknown."""

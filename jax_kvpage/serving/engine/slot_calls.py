@@ -6,7 +6,6 @@ cache before its slot is released, and a call never meets a failed step. If the 
 be unusable nevertheless, the call is retried once from a new generation.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,17 +64,16 @@ class SlotCalls:
             self.leave(state)
 
     def commit(self, state: SequenceState) -> None:
-        """Commits the tokens of a sequence whose keys and values exist.
+        """Commits the tokens of a sequence whose keys and values exist."""
 
-        Over a mesh, every call reports a fault until a new generation: then they are committed
-        later.
-        """
-        final = state.final
-        if final > state.committed and self._commits:
-            ids = state.ids[state.committed : final]
-            with contextlib.suppress(DeviceFault):
-                past_fault(lambda: self._pool.commit(state.slot, ids))
+        def commit() -> None:
+            final = state.final
+            if final > state.committed:
+                self._pool.commit(state.slot, state.ids[state.committed : final])
                 state.committed = final
+
+        if state.final > state.committed and self._commits:
+            self._past_fault(commit)
 
     def commit_blocks(self, state: SequenceState) -> None:
         """Like `commit`, but only if a block is full or the prompt is complete."""
@@ -95,7 +93,11 @@ class SlotCalls:
             return verb(self.cache)
 
     def _past_fault(self, call: Callable[[], _T]) -> _T:
-        """Like `past_fault`; if the fault is still reported, as over a mesh, recovers first."""
+        """Like `past_fault`, but recovers if the fault is reported again.
+
+        Over a mesh, all calls report it until there is a new generation. The call must take slots
+        and tokens from the sequences, because recovering may change them.
+        """
         try:
             return past_fault(call)
         except DeviceFault:

@@ -11,7 +11,7 @@ from jax_kvpage.errors import KVPageError, OutOfBlocks
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.scheduling import AnyScheduler
-from jax_kvpage.serving.engine.slot_calls import SlotCalls, past_fault
+from jax_kvpage.serving.engine.slot_calls import SlotCalls
 from jax_kvpage.serving.engine.stats import SequenceMemory
 from jax_kvpage.serving.engine.swapping import PoolSwap
 from jax_kvpage.serving.engine.tracking import SequenceState
@@ -169,16 +169,20 @@ class Slots(SlotCalls):
             self._enter(state, slot, donor.computed, room)
             state.ids = list(donor.ids)
         try:
-            self._past_fault(lambda: self._pool.extend(slots, rooms))
+            self._past_fault(lambda: self._pool.extend([s.slot for s in lost], rooms))
         except OutOfBlocks:
             jax.block_until_ready(self.cache)
-            self._past_fault(lambda: self._pool.extend(slots, rooms))
+            self._past_fault(lambda: self._pool.extend([s.slot for s in lost], rooms))
 
     def find(self, state: SequenceState, replica: int = 0) -> int:
         """Tokens that `acquire` will find on a replica if nothing is evicted before."""
         ids = np.asarray(state.ids, np.int32)
-        with self._pool.on_replica(replica):
-            return past_fault(lambda: self._pool.find_prefix(ids, state.request.namespace))
+
+        def find() -> int:
+            with self._pool.on_replica(replica):
+                return self._pool.find_prefix(ids, state.request.namespace)
+
+        return self._past_fault(find)
 
     def acquire(self, state: SequenceState, room: int) -> bool:
         """Gives a sequence a slot that starts with those of its tokens that are in memory."""
@@ -219,7 +223,7 @@ class Slots(SlotCalls):
         self._swap.forget(group)
         self._enter(state, slot, tokens, max(room, len(state.ids)))
         try:
-            self._past_fault(lambda: self._pool.extend(slot, state.room))
+            self._past_fault(lambda: self._pool.extend(state.slot, state.room))
         except OutOfBlocks:
             self._release(lambda: [state.slot])
             self.leave(state)
@@ -261,8 +265,8 @@ class Slots(SlotCalls):
         pairs = [(s, n) for s, n in zip(every, tokens, strict=True) if s is not None]
         try:
             if pairs:
-                slots, rooms = [s.slot for s, _ in pairs], [n for _, n in pairs]
-                self._past_fault(lambda: self._pool.extend(slots, rooms))
+                rooms = [n for _, n in pairs]
+                self._past_fault(lambda: self._pool.extend([s.slot for s, _ in pairs], rooms))
             got = pairs
         except OutOfBlocks:
             got = [pair for pair in pairs if self._extend_one(*pair)]
