@@ -143,6 +143,35 @@ def test_errors_of_templates_show_no_paths(server, monkeypatch, caplog) -> None:
     assert "chat_template.jinja" in caplog.text
 
 
+def test_templates_may_add_what_is_no_text(server, monkeypatch) -> None:
+    monkeypatch.setattr(server.service.model.template, "render", lambda *_, **__: "a \ud800")
+    answer = server.post("/v1/chat/completions", _CHAT)
+    assert answer.status_code == 400
+    assert "half of a surrogate pair" in answer.json()["error"]["message"]
+
+
+def test_a_request_that_ends_by_itself_keeps_no_other_from_ending(server, monkeypatch) -> None:
+    ended = []
+
+    class Scope:
+        def __init__(self, expiring: bool) -> None:
+            self.expiring = expiring
+
+        def reschedule(self, when: float) -> None:
+            if self.expiring:  # what asyncio.Timeout does
+                raise RuntimeError("Cannot change state of expiring Timeout")
+            ended.append(when)
+
+    async def end() -> None:
+        server.service.end()
+
+    for name in ("_stopping", "_ending"):
+        monkeypatch.setattr(server.service, name, False)
+    monkeypatch.setattr(server.service, "_scopes", [Scope(True), Scope(False)])
+    asyncio.run(end())
+    assert len(ended) == 1
+
+
 class _Failing:
     def render(self, **values: Any) -> str:
         raise OSError("/secret/path")

@@ -136,6 +136,14 @@ def test_equal_hash_ids_of_a_mooncake_trace_give_equal_tokens(tmp_path) -> None:
             read_trace(trace, 5)
 
 
+def test_seeds_of_later_prompts_wrap_around(checkpoint, capsys) -> None:
+    values = _serve(
+        capsys, "--checkpoint", checkpoint, "--prompt", "ab", "--num-requests", 2,
+        "--max-new-tokens", 4, "--temperature", 1, "--seed", 2**32 - 1,
+    )  # fmt: skip
+    assert values["finish_reasons"] == {"length": 2}
+
+
 def test_a_llama_says_what_it_says_in_the_other_example() -> None:
     model, spec = random_model(UNTIED), cache_spec(UNTIED, max_slots=4)
     prompts = [list(range(start, start + 30 - start)) for start in (1, 9, 20)]

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Sampling", "sample"]
+__all__ = ["Sampling", "sample", "seed_of_prompt"]
 
 # Compiled programs may treat subnormal numbers as zero, and may replace a division by a product
 # with the reciprocal, so both must be normal. At the upper end all finite logits are equal anyway.
@@ -53,7 +53,12 @@ class Sampling:
 
     def seed_of(self, sequence: int) -> int:
         """The seed for a sequence's prompt in `jax_kvpage.serving.SamplingParams`."""
-        return (self.seed + sequence // self.num_samples) % 2**32
+        return seed_of_prompt(self.seed, sequence // self.num_samples)
+
+
+def seed_of_prompt(seed: int, number: int) -> int:
+    """The seed of one of several prompts, from that of the run."""
+    return (seed + number) % 2**32
 
 
 def sample(

@@ -27,6 +27,7 @@ from .checkpoint import load_model
 from .config import LlamaConfig, load_config
 from .model import Llama
 from .pools import make_pool
+from .sampling import seed_of_prompt
 from .workload import Job
 
 __all__ = [
@@ -166,7 +167,7 @@ def serve(
         now = time.monotonic() - begin
         while following < len(jobs) and jobs[following].arrival <= now:
             job = jobs[following]
-            seed = None if params.seed is None else (params.seed + following) % 2**32
+            seed = None if params.seed is None else seed_of_prompt(params.seed, following)
             each = dataclasses.replace(params, max_tokens=job.max_tokens, seed=seed)
             try:
                 outputs[following] = engine.add_request(job.prompt_ids, each, request_id=following)
