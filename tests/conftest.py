@@ -67,6 +67,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture
+def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of the same model and shape share compiled programs, to save time."""
+    import serving_rig  # imports the engine, which most files do not need
+
+    serving_rig.share_programs(monkeypatch)
+
+
 def _has_gpu(config: pytest.Config) -> bool:
     try:
         return bool(jax.devices(config.getoption("--gpu-platform")))

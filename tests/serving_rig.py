@@ -77,28 +77,22 @@ def config(**options: Any) -> EngineConfig:
     return EngineConfig(**options)
 
 
-def run_through_interrupts(engine: Engine) -> int:
-    """Steps until all requests have ended; returns how many steps a KeyboardInterrupt ended."""
-    interrupts = 0
+def run_through(error: type[BaseException], engine: Engine) -> int:
+    """Steps until all requests have ended; returns how many steps raised this error."""
+    raised = 0
     while engine.has_unfinished:
         try:
             engine.step()
-        except KeyboardInterrupt:
-            interrupts += 1
-    return interrupts
+        except error:
+            raised += 1
+    return raised
 
 
 _PROGRAMS: dict[Any, Any] = {}
 
 
-@pytest.fixture
-def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines of the same model and shape share compiled programs, to save time."""
-    share_programs(monkeypatch)
-
-
 def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `shared_programs`."""
+    """Engines of the same model and shape share compiled programs, to save time."""
     compile_one = Programs.compile
 
     def compile_once(

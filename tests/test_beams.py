@@ -22,7 +22,6 @@ from llama.programs import Programs
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
 from llama_models import cache_spec, random_model, served_step
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import BeamSearchParams

@@ -12,7 +12,6 @@ import pytest
 from llama.model import Llama, _lengths_after
 from llama.sampling import Sampling
 from llama_models import UNTIED, Outcome, cache_spec, generate, random_model
-from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving.engine.verifying import VerifiedBatch
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import AsyncEngine, Engine, RequestRefused, SamplingParams

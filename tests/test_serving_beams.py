@@ -18,7 +18,6 @@ from llama.config import load_config
 from llama.serving import model_step
 from llama.tokenizer import Tokenizer
 from llama_models import cache_spec
-from serving_rig import shared_programs  # noqa: F401
 from test_compile_count import compilations
 
 import jax_kvpage as kvp

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 from test_compile_count import compilations
 
 import jax_kvpage as kvp
@@ -215,13 +214,7 @@ def test_an_interrupt_of_the_draft(expected, draft_pool, monkeypatch) -> None:
             return result
 
         monkeypatch.setattr(programs, "run", interrupted)
-        times = 0
-        while engine.has_unfinished:
-            try:
-                engine.step()
-            except KeyboardInterrupt:
-                times += 1
-        assert times == 4
+        assert rig.run_through(KeyboardInterrupt, engine) == 4
         assert engine.stats.accepted > 0
     assert rig.tokens(outputs) == expected
     rig.check_empty(draft_pool)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import pytest
 import serving_rig as rig
 from guided_rig import Words, decode, guided_engine, guided_params, tokenizer
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import (

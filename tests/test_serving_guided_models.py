@@ -13,7 +13,6 @@ import serving_rig as rig
 from guided_rig import guided_engine, guided_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import (

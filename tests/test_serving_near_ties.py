@@ -12,7 +12,6 @@ import near_ties
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving import (
     DraftModel,

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving import Engine, Request, SamplingParams, Scheduler
 from jax_kvpage.serving.memory import BlockBudget

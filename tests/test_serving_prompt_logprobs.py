@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 from test_compile_count import compilations
 
 from jax_kvpage.serving import (

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import serving_rig as rig
-from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving import Engine
 from jax_kvpage.serving.engine.flight import Flight

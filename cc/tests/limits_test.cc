@@ -15,6 +15,7 @@ namespace {
 class System {
  public:
   System() {
+    // mkdtemp replaces the X's.
     std::string name = (std::filesystem::temp_directory_path() / "kvpage-limits-XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr) std::abort();
     root_ = name;

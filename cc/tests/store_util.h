@@ -29,6 +29,7 @@ using Tokens = std::vector<std::int32_t>;
 class TemporaryFolder {
  public:
   TemporaryFolder() {
+    // mkdtemp replaces the X's.
     std::string name = (std::filesystem::temp_directory_path() / "kvpage-store-XXXXXX").string();
     path_ = mkdtemp(name.data());
   }
