@@ -104,7 +104,7 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
                         seconds, cache = _fork(pool, cache, slot, *cases[name], runs)
                         times[name].append(seconds)
                 # Apart, because they evict everything from the CPU's caches.
-                populated = [runs.populate() for _ in range(rounds // 4)]
+                populated = [runs.populate() for _ in range(min(rounds // 4, 60))]
                 runs.close()
             lowest = {name: statistics.quantiles(times[name], n=10)[0] for name in cases}
             mapping = lowest["ours"] - lowest["neither"]
@@ -289,7 +289,7 @@ def measure(quick: bool) -> dict[str, Any]:
         calls = bare_calls(folder)
         return {
             "tables": {
-                "shared blocks and the bare mmap calls": _aliases(calls, 6 * rounds),
+                "shared blocks and the bare mmap calls": _aliases(calls, 90 if quick else 1200),
                 "forks and the steps that read them": _first_steps(calls, rounds // 2),
                 "a copied block and memcpy": _copies(calls, rounds),
                 "host calls": _calls(rounds),

@@ -68,18 +68,20 @@ std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, 
 
 std::int64_t Arena::AliasMappings(const std::int32_t* map, std::int64_t blocks) const {
   const std::int64_t ranges = geometry_.num_ranges();
-  std::int64_t mappings = blocks > 0 ? ranges : 0;  // what follows in a range is writable or a hole
-  for (std::int64_t i = 0; i < blocks * ranges; ++i) mappings += i < ranges || map[i] != map[i - ranges] + 1;
+  if (blocks <= 0) return 0;
+  std::int64_t mappings = 2 * ranges;  // the first block of each range, and what follows: writable blocks or a hole
+  for (std::int64_t i = ranges; i < blocks * ranges; ++i) mappings += map[i] != map[i - ranges] + 1;
   return mappings;
 }
 
 Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   if (blocks <= 0) return {};
-  std::vector<std::int32_t> run(blocks);
+  std::vector<std::int32_t> run(ranges > 1 ? blocks : 0);
   const auto gather = [&](std::int64_t range) {
+    if (ranges == 1) return map;
     for (std::int64_t i = 0; i < blocks; ++i) run[i] = map[i * ranges + range];
-    return run.data();
+    return static_cast<const std::int32_t*>(run.data());
   };
   for (std::int64_t range = 0; range < ranges; ++range) {
     Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), gather(range), blocks);
@@ -89,7 +91,7 @@ Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t block
     }
     return status;
   }
-  std::for_each(map, map + blocks * ranges, [&](std::int32_t block) { pool_.AddReference(block); });
+  for (std::int64_t i = 0; i < blocks * ranges; ++i) pool_.AddReference(map[i]);
   maps_.Assign(to, map, blocks);
   NoteShared(to, map, blocks);
   Borrower& borrower = borrowers_[static_cast<std::int32_t>(to)];
@@ -266,6 +268,7 @@ void Arena::NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t bl
     const std::int32_t writer = block < writers_.size() ? writers_[block] : -1;
     if (writer < 0 || writer == last || writer == to) continue;
     last = writer;
+    if (shared_runs_.size(writer) >= blocks) continue;  // an earlier alias has noted as many
     std::int64_t common = 0;
     const std::int64_t most = std::min(blocks, this->blocks(writer));
     while (common < most && maps_[writer][common * ranges] == map[common * ranges]) ++common;

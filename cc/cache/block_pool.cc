@@ -89,12 +89,6 @@ void BlockPool::Replace(std::int32_t from, std::int32_t to, std::int32_t held) {
   if (held == 0) Free(from);
 }
 
-void BlockPool::AddReference(std::int32_t block) {
-  const std::int32_t now = ++blocks_[block].references;
-  if (now == 2) ++num_shared_;
-  if (now == 1) --num_detached_;  // a block without references was only cached
-}
-
 void BlockPool::Release(std::int32_t block) {
   const std::int32_t left = --blocks_[block].references;
   if (left == 1) --num_shared_;

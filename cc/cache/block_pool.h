@@ -92,7 +92,11 @@ class BlockPool {
   void Replace(std::int32_t from, std::int32_t to, std::int32_t held);
   bool free(std::int32_t block) const { return blocks_[block].kind != kUsed; }
 
-  void AddReference(std::int32_t block);
+  void AddReference(std::int32_t block) {
+    const std::int32_t now = ++blocks_[block].references;
+    if (now == 2) ++num_shared_;
+    if (now == 1) --num_detached_;  // a block without references was only cached
+  }
   // Drops a reference; a block without references becomes warm unless it is cached.
   void Release(std::int32_t block);
   // Adds (removes) an entry of the prefix index that refers to a used block.

@@ -27,9 +27,11 @@ class SharedRuns {
   // Makes the mirror follow each change from now on. There must be no runs yet.
   void Follow(Mirror* mirror) { mirror_ = mirror; }
 
-  // The caller of Set and Cut must hold the mapping mutex.
+  // The caller of Set, size and Cut must hold the mapping mutex.
   // Set: other slots map the first `count` logical blocks of a slot too. Block i is map[i * stride].
   void Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count);
+  // Length of a slot's run.
+  std::int64_t size(std::int64_t slot) const { return static_cast<std::int64_t>(runs_[slot].blocks.size()); }
   // Called before the slot's mappings change from logical block `blocks` on. If it fails they must not change: programs
   // on the device might read memory that is not the slot's.
   Status Cut(std::int64_t slot, std::int64_t blocks);
