@@ -25,3 +25,16 @@ def test_ops_in_shard_map_options_and_refusals(kind: str) -> None:
         """,
         env=EIGHT_DEVICES,
     )
+
+
+@pytest.mark.parametrize("addressing", ["slots", "table"])
+def test_forks_with_a_dropped_beginning(addressing: str) -> None:
+    run_python(
+        f"""
+        import jax.numpy as jnp
+        import mesh_decoding
+        for dtype in jnp.float32, jnp.float8_e4m3fn:
+            mesh_decoding.forks_with_a_dropped_beginning(dtype, {addressing!r})
+        """,
+        env=EIGHT_DEVICES,
+    )
