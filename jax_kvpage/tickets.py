@@ -23,7 +23,7 @@ class Ticket:
 
     @property
     def tokens(self) -> int:
-        """The number of first tokens that are in memory now; 0 before it is ready."""
+        """How many tokens were read, without those in memory before; 0 before it is ready."""
         return int(self._native.tokens) if self.ready else 0
 
     @property

@@ -229,6 +229,9 @@ def test_what_cannot_be_exported_is_said(make_pool, layout) -> None:
         rig.export(empty)
     with pytest.raises(ValueError, match="num_tokens is 1000"):
         rig.pool.acquire(rig.cache, [5, 1000], handover=True)
+    slots = rig.pool.spec.max_slots
+    with pytest.raises(kvp.OutOfSlots, match=f"{slots} slots wanted, {slots - 2} free"):
+        rig.pool.acquire(rig.cache, [1] * slots, handover=True)
     sent = rig.export(rig.begin(text(5)))
     sent.close()
     sent.close()

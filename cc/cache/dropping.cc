@@ -81,7 +81,9 @@ void Unmap(const PoolParts& pool, const EditList& list) {
   if (std::none_of(list.edits, list.edits + list.num_edits, drops)) return;
   const MappingLock mapping = pool.supply->Lock();
   for (std::int64_t i = 0; i < list.num_edits; ++i) {
-    if (drops(list.edits[i])) pool.supply->NoteDrop(mapping, list.edits[i].slot);
+    if (!drops(list.edits[i])) continue;
+    pool.supply->CutIndex(mapping, list.edits[i].slot, 0);  // if the drop was undone, it has been stored again
+    pool.supply->NoteDrop(mapping, list.edits[i].slot);
   }
   pool.supply->FinishDrops(mapping);
 }

@@ -211,7 +211,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
     SlotProgress& row = progress.slots[edit.slot];
     const auto opcode = static_cast<SlotOpcode>(edit.opcode);
     if (opcode == SlotOpcode::kDrop) {
-      row.dropped = std::max(row.dropped, edit.length);
+      table.NoteDropped(state, edit.slot, edit.length);
       continue;
     }
     const std::int32_t length = LengthAfter(edit);

@@ -54,14 +54,12 @@ Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
   const bool handles = pool.supply->arena(mapping).shares_handles();
   std::vector<std::int32_t> slots;
   std::vector<Want> wants;
-  Claim claim;
+  Claim claim = placing::EmptySlots(pool, mapping, tokens.size());
   for (std::size_t i = 0; claim.status.ok() && i < tokens.size(); ++i) {
     std::shared_ptr<MemoryFile> file;
-    claim = placing::EmptySlot(pool, mapping);
-    if (!claim.status.ok()) break;
     claim.status = MemoryFile::Make(begin + (handles ? 0 : geometry.slot_bytes()), &file);
     if (!claim.status.ok()) break;
-    slots.push_back(claim.slots[0]);
+    slots.push_back(claim.slots[i]);
     wants.push_back({slots.back(), geometry.BlocksFor(tokens[i])});
     // Before anything is mapped, so that no claim uses the slots as parked ones.
     table.Occupy(table.Lock(), slots.back(), 0);
@@ -122,7 +120,7 @@ Claim Import(const PoolParts& pool, const Handover& handover, const std::string&
   if (Status status = CheckFits(header, geometry, memory, fingerprint); !status.ok()) {
     return FailedClaim(status.WithMessage("import_blocks: " + status.message()));
   }
-  Claim empty = placing::EmptySlot(pool, mapping);
+  Claim empty = placing::EmptySlots(pool, mapping, 1);
   if (!empty.status.ok()) return empty;
   const std::int32_t slot = empty.slots[0];
   const std::int64_t whole = header.tokens / geometry.block_tokens;

@@ -4,16 +4,20 @@
 
 namespace kvpage::placing {
 
-Claim EmptySlot(const PoolParts& pool, const MappingLock& mapping) {
+Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t count) {
   Claim claim;
-  claim.slots = pool.supply->FewestBlocks(mapping, 1);
-  if (claim.slots.empty()) {
+  claim.slots = pool.supply->FewestBlocks(mapping, count);
+  if (claim.slots.size() < count) {
     claim.status = ResourceExhausted("no free slot", Reason::kOutOfSlots);
-    claim.wanted = 1;
+    claim.wanted = static_cast<std::int64_t>(count);
+    claim.free = static_cast<std::int64_t>(claim.slots.size());
     claim.draining = pool.table->NumDraining(pool.table->Lock());
     return claim;
   }
-  claim.status = pool.supply->Empty(mapping, claim.slots[0]);
+  for (const std::int32_t slot : claim.slots) {
+    claim.status = pool.supply->Empty(mapping, slot);
+    if (!claim.status.ok()) break;
+  }
   return claim;
 }
 

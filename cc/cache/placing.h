@@ -2,6 +2,7 @@
 #ifndef KVPAGE_CACHE_PLACING_H_
 #define KVPAGE_CACHE_PLACING_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -17,8 +18,9 @@ struct Placed {
   std::vector<std::int32_t> blocks;  // [logical blocks, ranges]
 };
 
-// Chooses a free, empty slot; it is in claim.slots.
-Claim EmptySlot(const PoolParts& pool, const MappingLock& mapping);
+// Chooses free slots, those with the fewest blocks, which are cheapest to empty, and empties them; they are in
+// claim.slots. If there are not enough, empties none.
+Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t count);
 // Maps the sequence into an empty slot and occupies it. Blocks used by other slots, by the prefix index or by a sealed
 // file are mapped read-only. The caller keeps its references. After a failure the slot is free and empty.
 Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, const Placed& placed);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cache/messages.h"
+#include "cache/placing.h"
 #include "cache/program_check.h"
 
 namespace kvpage::sharing {
@@ -43,24 +44,6 @@ Status CheckFork(SlotTable* table, const StateLock& state, const char* verb, std
     }
   }
   return {};
-}
-
-// Chooses a free slot for each request and empties it. Slots with the fewest blocks are cheapest to empty.
-Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t count) {
-  Claim claim;
-  claim.slots = pool.supply->FewestBlocks(mapping, count);
-  if (claim.slots.size() < count) {
-    claim.status = ResourceExhausted("no free slot", Reason::kOutOfSlots);
-    claim.wanted = static_cast<std::int64_t>(count);
-    claim.free = static_cast<std::int64_t>(claim.slots.size());
-    claim.draining = pool.table->NumDraining(pool.table->Lock());
-    return claim;
-  }
-  for (const std::int32_t slot : claim.slots) {
-    claim.status = pool.supply->Empty(mapping, slot);
-    if (!claim.status.ok()) break;
-  }
-  return claim;
 }
 
 // Maps what the forks share, and claims a block for what they copy.
@@ -143,7 +126,7 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
     if (Status status = Enter(pool, state, verb); !status.ok()) return FailedClaim(status);
     if (Status status = CheckFork(&table, state, verb, &requests, released); !status.ok()) return FailedClaim(status);
   }
-  Claim empty = EmptySlots(pool, mapping, requests.size());
+  Claim empty = placing::EmptySlots(pool, mapping, requests.size());
   if (!empty.status.ok()) return empty;
   const std::vector<std::int32_t> slots = std::move(empty.slots);
   {

@@ -142,13 +142,21 @@ void SlotTable::StartDrop(const StateLock&, std::int32_t slot, std::int64_t toke
 
 void SlotTable::UndoDrop(const StateLock&, std::int32_t slot) {
   HostSlot& row = slots_[slot];
-  row.dropped = row.dropped_before;
+  row.dropped = std::max<std::int64_t>(row.dropped_before, progress_.slots[slot].dropped);
   if (row.space >= 0) commits_.Note(slot);
+}
+
+void SlotTable::NoteDropped(const StateLock&, std::int32_t slot, std::int32_t tokens) {
+  std::int32_t& done = progress_.slots[slot].dropped;
+  done = std::max(done, tokens);
+  slots_[slot].dropped = std::max<std::int64_t>(slots_[slot].dropped, done);
 }
 
 void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
   slots_[slot].truncations = 0;
-  slots_[slot].dropped = slots_[slot].dropped_before = progress_.slots[slot].dropped;
+  if (!Vacant(lock, slot)) {  // a sequence that has ended keeps what it has lost: its blocks may stay mapped
+    slots_[slot].dropped = slots_[slot].dropped_before = progress_.slots[slot].dropped;
+  }
   const bool never =
       slots_[slot].state == SlotState::kOccupied && slots_[slot].forked && !progress_.slots[slot].started;
   if (never) SetState(slot, SlotState::kDraining);

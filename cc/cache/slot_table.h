@@ -186,6 +186,8 @@ class SlotTable {
   // The host gives up the tokens below `tokens`, or undoes that.
   void StartDrop(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void UndoDrop(const StateLock&, std::int32_t slot);
+  // A program has dropped these tokens. The call that queued it may have been interrupted afterwards, and undone.
+  void NoteDropped(const StateLock&, std::int32_t slot, std::int32_t tokens);
   // See HostSlot::exact.
   void SetExact(const StateLock&, std::int32_t slot, std::int64_t tokens) { slots_[slot].exact = tokens; }
   // A generation starts: queued programs will not run. A slot that was to be occupied by a queued fork becomes free.

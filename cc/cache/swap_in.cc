@@ -46,7 +46,7 @@ Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover) {
   const MappingLock mapping = pool.supply->Lock();
   if (Status status = Enter(pool, pool.table->Lock(), "swap_in"); !status.ok()) return FailedClaim(status);
   if (Status status = Ready(*swap, recover); !status.ok()) return FailedClaim(status);
-  Claim claim = placing::EmptySlot(pool, mapping);
+  Claim claim = placing::EmptySlots(pool, mapping, 1);
   if (!claim.status.ok()) return claim;
   if (swap->state() == SwapState::kDamaged) {
     swap->ids.resize(static_cast<std::size_t>(swap->tokens_in_memory()));

@@ -16,6 +16,8 @@ constexpr double kClockTick = 2;
 constexpr std::int64_t kOrphanRounds = 64;
 // Listing the folder before a write takes at most one in this many seconds; other processes may have written meanwhile.
 constexpr double kListingShare = 20;
+// How long files that the system refused to read are left alone.
+constexpr std::chrono::seconds kRetryAfter{1};
 // Weight of earlier reads, relative to the latest, in the read speed.
 constexpr double kReadMemory = 0.75;
 
@@ -107,14 +109,20 @@ bool Catalog::Changed(double* time) const {
   return *time != changed_ || Folder::Now() - *time <= kClockTick;
 }
 
+bool Catalog::Retries() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return directory_.refused()[static_cast<int>(Problem::kUnreadable)] > 0 && Clock::now() - listed_ >= kRetryAfter;
+}
+
 Status Catalog::Refresh(bool force) {
   const std::lock_guard<std::mutex> refresh(refresh_mutex_);
   double time;
-  if (!Changed(&time) && !force) return {};
+  if (!Changed(&time) && !force && !Retries()) return {};
   const Clock::time_point begun = Clock::now();
   std::vector<FolderEntry> entries;
   KVPAGE_RETURN_IF_ERROR(folder_.List(&entries));
   changed_ = time;
+  listed_ = begun;
   next_listing_ = begun + std::chrono::duration_cast<Clock::duration>(kListingShare * (Clock::now() - begun));
   std::map<std::string, std::uint64_t> inodes;
   for (const FolderEntry& entry : entries) {

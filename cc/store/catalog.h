@@ -72,6 +72,8 @@ class Catalog {
 
   // Whether files may have been added or removed since the last listing; `time` is the folder's current time.
   bool Changed(double* time) const;
+  // Whether to try files again that the system refused to read, for example because no descriptors were left.
+  bool Retries() const;
   // Whether a file is in the directory and need not be opened again.
   bool Usable(const std::string& name) const;
   std::int64_t bytes() const;  // including swapped data
@@ -83,6 +85,7 @@ class Catalog {
   std::mutex refresh_mutex_;                                          // taken before mutex_
   std::map<std::string, std::uint64_t> inodes_;                       // of the files found by the latest refresh
   double changed_ = -1;                                               // the folder's time at the last listing
+  Clock::time_point listed_;                                          // when that was
   std::int64_t rounds_ = 0;                                           // number of calls of Maintain
   std::atomic<Clock::time_point> next_listing_{Clock::time_point()};  // limits how often the folder is listed
 

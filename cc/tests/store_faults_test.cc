@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <ctime>
 #include <thread>
 
@@ -78,6 +79,25 @@ TEST_F(StoreFaultsTest, AFailedReadIsAMissUntilTheFileCanBeReadAgain) {
   EXPECT_EQ(store->Find(SmallShape(), "", tokens.data(), 16), 0);
   io_->read_error = 0;
   ASSERT_OK(store->Refresh());
+  EXPECT_EQ(ReadBack(store.get(), SmallShape(), tokens), 4);
+}
+
+TEST_F(StoreFaultsTest, AFileThatCouldNotBeReadIsTriedAgainAlthoughTheFolderHasNotChanged) {
+  options_.refresh_seconds = 0.05;
+  const auto store = OpenStore(folder_, options_);
+  const Tokens tokens = MakeTokens(4, 1);
+  ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), tokens)));
+  // A listing that soon after a change does not rely on the folder's time.
+  std::this_thread::sleep_for(std::chrono::milliseconds(2200));
+  io_->read_error = EMFILE;
+  EXPECT_EQ(ReadBack(store.get(), SmallShape(), tokens), 0);
+  io_->read_error = 0;
+  std::int64_t found = 0;
+  for (int round = 0; found == 0 && round < 400; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    found = store->Find(SmallShape(), "", tokens.data(), 16);
+  }
+  EXPECT_EQ(found, 16);
   EXPECT_EQ(ReadBack(store.get(), SmallShape(), tokens), 4);
 }
 
