@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _compat
-from jax_kvpage._values import is_integer
+from jax_kvpage._values import MAX_INT32, is_integer
 
 __all__ = [
     "as_bool",
@@ -24,11 +24,12 @@ __all__ = [
     "as_int32",
     "host_int",
     "host_ints",
+    "per_slot",
     "to_device",
     "token_ids_of",
 ]
 
-_MIN, _MAX = -(2**31), 2**31 - 1
+_MIN, _MAX = -MAX_INT32 - 1, MAX_INT32
 
 
 def _show(value: Any) -> str:
@@ -246,6 +247,17 @@ def to_device(array: Any) -> jax.Array:
     """Converts a host array to a JAX array, by an explicit transfer if transfer guards are on."""
     if isinstance(array, jax.Array):
         return array
-    if _compat.guards_transfers() and not _compat.is_tracing():
+    if _compat.guards_transfers():
         return jax.device_put(array)
     return jnp.asarray(array)
+
+
+def per_slot(op: str, slot: Any, num_tokens: Any) -> tuple[list[int], list[int]]:
+    """Converts arguments to lists of slots and of numbers of tokens, of the same length."""
+    slots, _ = host_ints(f"{op}: slot", slot)
+    tokens, single = host_ints(f"{op}: num_tokens", num_tokens)
+    if single:
+        tokens = tokens * len(slots)
+    if len(slots) != len(tokens):
+        raise ValueError(f"{op}: {len(slots)} slots, but {len(tokens)} num_tokens")
+    return slots, tokens

@@ -4,11 +4,12 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from jax_kvpage import _native
+from jax_kvpage._values import MAX_INT32
 
 if TYPE_CHECKING:
     from jax_kvpage.spec import CacheSpec
 
-__all__ = ["MAX_INT32", "TOKEN_MULTIPLE", "choose_block_tokens", "round_up"]
+__all__ = ["TOKEN_MULTIPLE", "choose_block_tokens", "round_up"]
 
 # The size of one physical allocation is a compromise: small blocks waste less memory at the end of
 # a sequence, large ones need fewer mappings and system calls. On CPU, mapping takes 4 us for 64 KiB
@@ -23,7 +24,6 @@ TOKEN_MULTIPLE = 16
 # If blocks may be padded up to the granule (fused, quantized), a size without padding is preferred
 # unless it takes more than this many times the target number of tokens.
 MAX_GROWTH_AGAINST_PADDING = 4
-MAX_INT32 = 2**31 - 1
 
 
 def round_up(value: int, multiple: int) -> int:

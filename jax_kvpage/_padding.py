@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage._arrays import to_device
+from jax_kvpage._values import MAX_INT32
 
 __all__ = [
     "as_mask",
@@ -27,7 +28,6 @@ __all__ = [
     "with_padding",
 ]
 
-_MAX_INT32 = 2**31 - 1
 
 # Each function is jitted, so that an eager call does not transfer scalars to the device, which
 # transfer guards would refuse.
@@ -149,6 +149,8 @@ def as_mask(name: str, mask: Any, sequences: int) -> jax.Array:
             mask = np.asarray(mask)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{wanted}, got {mask!r}") from error
+        if mask.size == 0:  # [[], []] has no dtype of its own
+            mask = mask.astype(np.bool_)
     right = mask.dtype == np.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)
     if not right or mask.ndim != 2 or mask.shape[0] != sequences:
         raise ValueError(f"{wanted}, got {mask.dtype}{list(mask.shape)}")
@@ -169,6 +171,6 @@ def as_mask(name: str, mask: Any, sequences: int) -> jax.Array:
 def too_many_rows(sequences: Sequence[int], tokens: int) -> list[str]:
     """An error message if a batch has more rows of tokens than int32 can count, else nothing."""
     rows = math.prod(sequences) * tokens
-    if rows <= _MAX_INT32:
+    if rows <= MAX_INT32:
         return []
-    return [f"{rows} rows of tokens in all, at most {_MAX_INT32} are possible"]
+    return [f"{rows} rows of tokens in all, at most {MAX_INT32} are possible"]

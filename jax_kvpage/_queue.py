@@ -22,7 +22,7 @@ from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import shortened, wait_for
 from jax_kvpage.ops.edit_slots import VACATE, edit_slots
 
-__all__ = ["WAIT_SLICE", "Queue"]
+__all__ = ["WAIT_SLICE", "PrefixRequest", "Queue"]
 
 # Seconds between checks while waiting, for Ctrl-C and for programs that failed.
 WAIT_SLICE = 0.1

@@ -28,13 +28,13 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
         raise ValueError(f"KVPool: store: wanted a BlockStore, a HostStore or None, got {store!r}")
     if isinstance(store, BlockStore) and place.backend != "cpu":
         raise KVPageError(
-            "KVPool: store: a BlockStore lies below pools on CPU only: give a pool on a GPU a "
-            "HostStore, or none"
+            "KVPool: store: a BlockStore works with pools on CPU only: use a HostStore for a pool "
+            "on a GPU, or none"
         )
     if isinstance(store, HostStore) and place.backend == "cpu":
         raise KVPageError(
-            "KVPool: store: a HostStore lies below pools on a GPU only: what a pool on CPU pushes "
-            "out of memory goes to disk, with a BlockStore"
+            "KVPool: store: a HostStore works with pools on a GPU only: use a BlockStore for a "
+            "pool on CPU, or none"
         )
     store.stats()
     return ahead

@@ -2,9 +2,27 @@
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any, TypeGuard
 
-__all__ = ["as_text", "as_tuple", "host_float", "is_integer", "is_number", "is_text"]
+__all__ = [
+    "MAX_INT32",
+    "as_text",
+    "as_tuple",
+    "host_float",
+    "is_integer",
+    "is_number",
+    "is_text",
+    "raise_all",
+]
+
+MAX_INT32 = 2**31 - 1
+
+
+def raise_all(what: str, reasons: Collection[str]) -> None:
+    """Raises a ValueError that lists all reasons, if there are any."""
+    if reasons:
+        raise ValueError("\n  - ".join([f"{what}:", *reasons]))
 
 
 def is_integer(value: Any) -> TypeGuard[int]:

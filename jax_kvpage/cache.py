@@ -25,6 +25,7 @@ from jax_kvpage._padding import (
     runs,
     too_many_rows,
 )
+from jax_kvpage._values import raise_all
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.spec import CacheSpec
 
@@ -61,11 +62,6 @@ def _one_axis(name: str, values: jax.Array) -> jax.Array:
         got = f"{values.dtype}{list(values.shape)}"
         raise ValueError(f"{name}: wanted int32[S], an element for each sequence, got {got}")
     return values
-
-
-def _raise_all(what: str, reasons: list[str]) -> None:
-    if reasons:
-        raise ValueError("\n  - ".join([f"{what}:", *reasons]))
 
 
 @jax.tree_util.register_dataclass
@@ -152,8 +148,9 @@ class Batch:
             ValueError: slots that are not integers, or not one-dimensional.
         """
         slots = _one_axis("Batch.decode: slots", as_int32("Batch.decode: slots", slots))
-        offsets = to_device(np.arange(slots.shape[0] + 1, dtype=np.int32))
-        return cls(slots, offsets, num_tokens=slots.shape[0])
+        known = isinstance(slots.shape[0], int)  # jax.export may have symbolic shapes
+        offsets = (np if known else jnp).arange(slots.shape[0] + 1, dtype=np.int32)
+        return cls(slots, to_device(offsets), num_tokens=slots.shape[0] if known else None)
 
     @classmethod
     def from_lengths(
@@ -189,8 +186,7 @@ class Batch:
             reasons.append(f"lengths must not be negative, got {counts.min()}")
         if known and num_tokens is not None and counts.sum() > num_tokens:
             reasons.append(f"lengths sum to {counts.sum()}, more than num_tokens={num_tokens}")
-        if reasons:
-            raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
+        raise_all("Batch.from_lengths", reasons)
         if known:
             num_tokens = int(counts.sum()) if num_tokens is None else num_tokens
             ends = np.cumsum([0, *counts], dtype=np.int64)
@@ -236,8 +232,9 @@ class Batch:
             if low < 0 or high > tokens:
                 wrong = low if low < 0 else high
                 reasons.append(f"lengths must be from 0 to num_tokens={tokens}, got {wrong}")
-        _raise_all(op, [*reasons, *too_many_rows(counts.shape, tokens)])
-        counts = gathered(to_device(counts))
+        raise_all(op, [*reasons, *too_many_rows(counts.shape, tokens)])
+        # Before anything is computed with them: narrower integers would wrap around.
+        counts = gathered(to_device(counts)).astype(jnp.int32)
         starts = left_starts(counts, tokens) if side == "left" else right_starts(counts)
         return cls(slots, _offsets(counts), num_tokens=tokens, starts=starts)
 
@@ -260,7 +257,7 @@ class Batch:
         op = "Batch.from_mask"
         slots = _one_axis(f"{op}: slots", as_int32(f"{op}: slots", slots))
         mask = as_mask(f"{op}: mask", mask, slots.shape[0])
-        _raise_all(op, too_many_rows(slots.shape, mask.shape[1]))
+        raise_all(op, too_many_rows(slots.shape, mask.shape[1]))
         starts, offsets = runs(gathered(mask))
         return cls(slots, offsets, num_tokens=mask.shape[1], starts=starts)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 
 import jax
 
-from jax_kvpage._arrays import as_bool, host_int, host_ints
+from jax_kvpage._arrays import as_bool, host_int, host_ints, per_slot
 from jax_kvpage._capacity import capacity_bytes
 from jax_kvpage._closing import Closing
 from jax_kvpage._compat import default_device
@@ -279,12 +279,7 @@ class KVPool(
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        slots, _ = host_ints("extend: slot", slot)
-        wanted, single = host_ints("extend: num_tokens", num_tokens)
-        if single:
-            wanted = wanted * len(slots)
-        if len(slots) != len(wanted):
-            raise ValueError(f"extend: {len(slots)} slots, but {len(wanted)} num_tokens")
+        slots, wanted = per_slot("extend", slot, num_tokens)
         self._queue.claim("extend", lambda: self._pool.extend(slots, wanted))
 
     def release(self, cache: KVCache, slot: int | Sequence[int]) -> KVCache:

@@ -193,8 +193,8 @@ class PrefixCalls:
             PoolClosed: the pool is closed.
         """
         ids, space = one_sequence("pin", token_ids), namespace_key("pin", namespace)
-        seconds = -1.0 if ttl is None else _number("pin: ttl", ttl, math.inf)
-        share = _number("pin: max_share", max_share, 1.0)
+        seconds = -1.0 if ttl is None else host_float("pin: ttl", ttl, 0, math.inf)
+        share = host_float("pin: max_share", max_share, 0, 1.0)
         return self._native.call(self._pool.pin, space, ids, share, seconds)
 
     def unpin(self, token_ids: Any, namespace: str | None = None) -> None:
@@ -295,7 +295,3 @@ def one_sequence(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
     if not single:
         raise ValueError(f"{call}: {name}: wanted the ids of one sequence, got {len(ids)} lists")
     return ids[0]
-
-
-def _number(name: str, value: Any, high: float) -> float:
-    return host_float(name, value, 0, high)

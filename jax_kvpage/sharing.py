@@ -5,7 +5,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._arrays import host_int, host_ints, per_slot
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
@@ -13,17 +13,6 @@ from jax_kvpage.errors import OutOfSlots, wait_for
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["SharingCalls"]
-
-
-def _per_slot(op: str, slot: Any, num_tokens: Any) -> tuple[list[int], list[int]]:
-    """Converts arguments to lists of slots and of numbers of tokens, of the same length."""
-    slots, _ = host_ints(f"{op}: slot", slot)
-    tokens, single = host_ints(f"{op}: num_tokens", num_tokens)
-    if single:
-        tokens = tokens * len(slots)
-    if len(slots) != len(tokens):
-        raise ValueError(f"{op}: {len(slots)} slots, but {len(tokens)} num_tokens")
-    return slots, tokens
 
 
 class SharingCalls:
@@ -169,7 +158,7 @@ class SharingCalls:
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("truncate", cache)
-        slots, lengths = _per_slot("truncate", slot, num_tokens)
+        slots, lengths = per_slot("truncate", slot, num_tokens)
         if self._native.mirrored and any(
             self._native.call(self._pool.shares_behind, *pair)
             for pair in zip(slots, lengths, strict=True)
@@ -229,7 +218,7 @@ class SharingCalls:
             "not take it back. Keep the beginnings of sequences, or use a pool on one GPU",
         )
         self._queue.check_cache("drop_before", cache)
-        slots, begins = _per_slot("drop_before", slot, num_tokens)
+        slots, begins = per_slot("drop_before", slot, num_tokens)
         pairs = list(zip(slots, begins, strict=True))
         stamp = (0, 0)  # without a mirror, the program checks the cache
         if self._native.mirrored and any(self._native.call(self._pool.drops, *p) for p in pairs):

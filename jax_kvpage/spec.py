@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage._block_size import MAX_INT32, TOKEN_MULTIPLE, choose_block_tokens, round_up
-from jax_kvpage._values import is_integer
+from jax_kvpage._block_size import TOKEN_MULTIPLE, choose_block_tokens, round_up
+from jax_kvpage._values import MAX_INT32, is_integer, raise_all
 
 __all__ = ["CacheSpec"]
 
@@ -46,11 +46,6 @@ _LARGEST = {
 # layer, half a GiB at this limit; block numbers are stored only for mapped blocks.
 _MAX_RANGES = 2**28
 _MAX_INT64 = 2**63 - 1
-
-
-def _raise_all(what: str, reasons: list[str]) -> None:
-    if reasons:
-        raise ValueError("\n  - ".join([f"{what}:", *reasons]))
 
 
 @dataclasses.dataclass(frozen=True, eq=True)
@@ -126,7 +121,7 @@ class CacheSpec:
             not is_integer(self.granule) or self.granule not in GRANULE_BYTES.values()
         ):
             reasons.append(f"granule is set by resolve(), got {self.granule!r}")
-        _raise_all("CacheSpec", reasons)
+        raise_all("CacheSpec", reasons)
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "_hash", hash(self._values()))
 
@@ -220,7 +215,7 @@ class CacheSpec:
                 f"max_slots={self.max_slots} with {self.num_ranges} ranges a slot (2 * num_layers, "
                 f"num_layers={self.num_layers}) are {ranges} ranges, at most {_MAX_RANGES} work"
             )
-        _raise_all("CacheSpec", reasons)
+        raise_all("CacheSpec", reasons)
 
     def _block_token_bytes(self) -> int:
         """Bytes of one token in one block: of all layers (fused), or of one layer's K or V."""

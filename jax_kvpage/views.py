@@ -23,7 +23,7 @@ def _check(native: NativePool, slot: int | None) -> None:
         )
     if spec.quantized:
         raise ValueError(
-            f"view: {spec.dtype} storage keeps the scales of a block's tokens behind them, so "
+            f"view: {spec.dtype} storage keeps the scales of a block's tokens after them, so "
             "a slot is not one dense array: use float32, bfloat16 or float16 storage for "
             "views, or read the cache with paged_attention"
         )

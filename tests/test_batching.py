@@ -259,3 +259,29 @@ def test_malformed_offsets_of_any_element_are_seen(one: _Setup) -> None:
         jax.block_until_ready(
             jax.vmap(lambda q, b: kvp.paged_attention(q, s.cache, b, layer=0))(s.q, bad)
         )
+
+
+@pytest.mark.parametrize("elements", [0, 2])
+def test_empty_batches(one: _Setup, elements: int) -> None:
+    """No elements, or elements without sequences: results have the shapes, and nothing changes."""
+    sequences = 0 if elements else 2
+    cache, length = one.cache, one.cache.lengths.tolist()
+    slots = jnp.zeros((elements, sequences), jnp.int32)
+    q = jnp.zeros((elements, sequences, _HEADS, _DIM))
+    k = jnp.zeros((elements, sequences, _KV_HEADS, _DIM))
+
+    def step(q: Any, k: Any, slots: Any, cache: kvp.KVCache) -> Any:
+        batch = kvp.Batch.decode(slots)
+        cache, ok = kvp.map_slots(cache, slots, 3)
+        out, lse, cache = kvp.update_and_attend(q, k, k, cache, batch, layer=0, return_lse=True)
+        cache = kvp.append_kv(cache, k, k, batch, layer=1)
+        again = kvp.paged_attention(q, cache, batch, layer=1)
+        cache = kvp.set_lengths(kvp.advance(cache, batch), slots, 0)
+        return (ok, out, lse, again), cache
+
+    axes: Any = (0, 0, 0, None)
+    results, cache = jax.vmap(step, in_axes=axes, out_axes=(0, None))(q, k, slots, cache)
+    shape = (elements, sequences)
+    wanted = [shape, q.shape, (*shape, _HEADS), q.shape]
+    assert [x.shape for x in results] == wanted
+    assert cache.lengths.tolist() == length

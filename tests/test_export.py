@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 from subprocesses import run_python
+
+import jax_kvpage as kvp
 
 _COMMON = """
     import sys
@@ -76,3 +80,12 @@ def test_round_trip_in_another_process(tmp_path: pathlib.Path) -> None:
         read = run_python(_READ, path, layout).stdout
         assert wrote == read
         assert len(wrote) > 1000
+
+
+def test_a_batch_of_any_number_of_sequences() -> None:
+    (sequences,) = jax.export.symbolic_shape("S")
+    slots = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+    exported = jax.export.export(jax.jit(lambda slots: kvp.Batch.decode(slots).query_offsets))(
+        slots
+    )
+    assert exported.call(jnp.zeros(3, jnp.int32)).tolist() == [0, 1, 2, 3]

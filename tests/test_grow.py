@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import RUN_TIME_ERRORS
 from pool_checks import count_blocks, make_spec
 
 import jax_kvpage as kvp
@@ -106,3 +107,14 @@ def test_last_rows(jitted: bool) -> None:
     assert kvp.Batch.decode([]).last_rows.shape == (0,)
     with pytest.raises(ValueError, match=r"last_rows: query_offsets"):
         _ = kvp.Batch([[0]], [[0, 1]]).last_rows
+
+
+@pytest.mark.parametrize("offsets", [[1, 3], [0, -1], [-1, 1]])
+def test_grow_refuses_malformed_offsets(offsets: list[int], make_pool) -> None:
+    pool = make_pool(make_spec("fused"))
+    slots, cache = _filled(pool, [5])
+    blocks = _blocks(pool, slots[0])
+    batch = kvp.Batch(jnp.asarray(slots, jnp.int32), jnp.asarray(offsets, jnp.int32))
+    with pytest.raises(RUN_TIME_ERRORS, match="-1 tokens wanted"):
+        pool.check(kvp.grow(cache, batch)[0])
+    assert _blocks(pool, slots[0]) == blocks

@@ -266,3 +266,22 @@ def test_traced_mistakes_fail_when_run(what: str, make_pool) -> None:
     program = jax.jit(lambda c, x: kvp.append_kv(c, k, k, make(x), layer=0))
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="query_offsets"):
         jax.block_until_ready(program(cache, operand))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int32"])
+def test_lengths_of_any_integer_dtype(dtype: str) -> None:
+    for lengths in (jnp.asarray([20, 5], dtype), np.asarray([20, 5], dtype)):
+        for program in (kvp.Batch.padded, jax.jit(kvp.Batch.padded, static_argnums=2)):
+            batch = program(jnp.arange(2), lengths, 300)
+            assert batch.starts.tolist() == [280, 295]
+            assert batch.query_offsets.tolist() == [0, 20, 25]
+            assert batch.starts.dtype == batch.query_offsets.dtype == jnp.int32
+
+
+def test_a_mask_without_columns() -> None:
+    for mask in ([[], []], np.zeros((2, 0)), np.zeros((2, 0), bool), jnp.zeros((2, 0), bool)):
+        batch = kvp.Batch.from_mask([0, 1], mask)
+        assert batch.num_tokens == 0
+        assert batch.query_offsets.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"wanted bool\[2, T\]"):
+        kvp.Batch.from_mask([0, 1], [])

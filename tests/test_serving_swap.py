@@ -11,7 +11,7 @@ import serving_rig as rig
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import CostAware, Engine, SamplingParams
-from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.prefill_rate import PrefillRate
 from jax_kvpage.serving.engine.swapping import PoolSwap
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -179,7 +179,7 @@ def test_a_restart_finds_prompts_in_the_store(
 ) -> None:
     """An engine on a new pool reads what another engine has computed, while other requests run."""
     # Makes computing slower than the disk, however slow that is.
-    monkeypatch.setattr(Pace, "tokens_per_second", 1e-3)
+    monkeypatch.setattr(PrefillRate, "tokens_per_second", 1e-3)
     config = _config(namespace="restart", buckets=((32, 4),))
     prompts = [rig.prompt(70, i) for i in range(10, 14)]
     short = SamplingParams(temperature=0, max_tokens=8)

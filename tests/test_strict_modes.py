@@ -170,3 +170,47 @@ def test_integers_under_x64() -> None:
             jax.block_until_ready(kvp.set_lengths(cache, wide + 2**32, 0))
         cache = pool.cache()
         pool.release(cache, wide)
+
+
+def test_eager_calls_without_implicit_transfers() -> None:
+    """Every op under an eager vmap, and options that are host arrays."""
+    spec = kvp.CacheSpec(LAYERS, KV_HEADS, DIM, 4, 64, dtype=jnp.float32)
+    q, k, v = _tokens(2, 0)
+    host = np.linspace(0.1, 1, HEADS)
+    with kvp.KVPool(spec, "1MiB") as pool:
+        slots, cache = pool.acquire(pool.cache(), [16, 16])
+        each = jax.device_put(np.asarray(slots, np.int32)[:, None])
+        pages = jax.device_put(np.zeros((2, 16, KV_HEADS, DIM), np.float32))
+        tables, lengths = jax.device_put((np.zeros((2, 1, 1), np.int32), np.ones((2, 1), np.int32)))
+        rows = [x[:, None] for x in (q, k, v)]
+        with jax.transfer_guard("disallow"):
+            axes: Any = (0, 0, 0, 0, None)
+
+            def write(q: Any, k: Any, v: Any, slots: Any, cache: kvp.KVCache) -> Any:
+                batch = kvp.Batch.decode(slots)
+                cache, _ = kvp.grow(cache, batch)
+                cache, _ = kvp.map_slots(cache, slots, 3)
+                out, cache = kvp.update_and_attend(q, k, v, cache, batch, layer=0)
+                cache = kvp.append_kv(cache, k, v, batch, layer=1)
+                same = kvp.paged_attention(q, cache, batch, layer=1)
+                return (out, same), kvp.advance(cache, batch)
+
+            def read(slots: Any, cache: kvp.KVCache) -> Any:
+                positions = kvp.positions(cache, kvp.Batch.decode(slots))
+                return positions, kvp.read_kv(cache, slots, 0)
+
+            (out, again), cache = jax.vmap(write, axes, (0, None))(*rows, each, cache)
+            positions, _ = jax.vmap(read, (0, None))(each, cache)
+            attend = kvp.paged_attention_with_tables
+            jax.vmap(attend, (0, None, None, 0, 0))(rows[0], pages, pages, tables, lengths)
+            batch = kvp.Batch.decode(slots)
+            cache = kvp.append_kv(cache, k, v, batch, layer=0)
+            options: Any = {"sinks": host, "alibi_slopes": host.tolist()}
+            same = kvp.paged_attention(q, cache, batch, layer=0, **options)
+        options = {name: jnp.asarray(host, jnp.float32) for name in options}
+        wanted = kvp.paged_attention(q, cache, batch, layer=0, **options)
+        np.testing.assert_array_equal(same, wanted)
+        np.testing.assert_array_equal(out, again)
+        np.testing.assert_array_equal(positions, [[1], [1]])
+        assert [row.length for row in pool.slot_table(cache)] == [1, 1]
+        pool.check(cache)

@@ -271,3 +271,23 @@ def test_bad_values_are_errors_on_cpu(tables, lengths, offsets, message: str) ->
     }
     with pytest.raises(RUN_TIME_ERRORS, match=f"(?i){message}"):
         jax.block_until_ready(kvp.paged_attention_with_tables(**good))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_an_array_without_pages(implementation: str | None) -> None:
+    pages = jnp.zeros((0, _PAGE_SIZE, 2, 64))
+    out = kvp.paged_attention_with_tables(
+        jnp.ones((1, 4, 64)), pages, pages, np.zeros((1, 1), np.int32), np.zeros(1, np.int32),
+        query_offsets=np.zeros(2, np.int32), implementation=implementation,
+    )  # fmt: skip
+    assert not np.asarray(out).any()
+
+
+def test_errors_name_the_op_that_was_called() -> None:
+    good = _good()
+    q = good.pop("q")
+    name = "paged_attention_with_tables"
+    with pytest.raises(ValueError, match=f"^{name} cannot be differentiated: it is for inference"):
+        jax.grad(lambda q: kvp.paged_attention_with_tables(q, **good).sum())(q)
+    with pytest.raises(ValueError, match=f"^{name}: implementation='cuda'"):
+        kvp.paged_attention_with_tables(q, **good, implementation="cuda")

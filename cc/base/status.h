@@ -55,7 +55,6 @@ class [[nodiscard]] Status {
 };
 
 inline Status InvalidArgument(std::string m) { return {Code::kInvalidArgument, std::move(m)}; }
-inline Status NotFound(std::string m) { return {Code::kNotFound, std::move(m)}; }
 inline Status ResourceExhausted(std::string m, Reason reason = Reason::kNone) {
   return {Code::kResourceExhausted, std::move(m), reason};
 }

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _compat
-from jax_kvpage._arrays import as_bool, as_int32
-from jax_kvpage._values import is_integer, is_number
+from jax_kvpage._arrays import as_bool, as_int32, to_device
+from jax_kvpage._values import MAX_INT32, is_integer, is_number
+from jax_kvpage.ops import _batching
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import ADDRESSINGS, absent, check_implementation
 
@@ -20,7 +21,7 @@ __all__ = [
     "operands",
     "params",
     "results_of",
-    "split_lse",
+    "split_results",
 ]
 
 # Static parameters of the attention primitives.
@@ -35,7 +36,9 @@ STATIC = (
 )
 
 
-_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# Kernels use powers of two: a scale is multiplied by log2(e) in float32.
+_LEAST = float(np.finfo(np.float32).tiny)
+_MOST = float(np.finfo(np.float32).max) * math.log(2)
 
 
 def _positive_number(name: str, value: Any, default: float, problems: list[str]) -> float:
@@ -49,7 +52,7 @@ def _positive_number(name: str, value: Any, default: float, problems: list[str])
         return default
     if not is_number(value) or not _LEAST <= value <= _MOST:
         problems.append(
-            f"{name}: wanted a positive number that float32 can hold ({_LEAST:.2g} to {_MOST:.2g}) "
+            f"{name}: wanted a positive number for float32 ({_LEAST:.2g} to {_MOST:.2g}) "
             f"or None, got {value!r}"
         )
         return default
@@ -67,18 +70,23 @@ def _window(value: Any, problems: list[str]) -> Any:
             f"before it) or a traced int32 scalar (0 or less means no window), got {value!r}"
         )
         return np.int32(0)
-    return np.int32(min(value, 2**31 - 1))
+    return np.int32(min(value, MAX_INT32))
 
 
 def _per_head(name: str, value: Any, problems: list[str]) -> Any:
     if value is None:
         return absent()
-    array = jnp.asarray(value)
+    try:
+        known = not isinstance(value, jax.Array) and not hasattr(value, "__jax_array__")
+        array = np.asarray(value) if known else jnp.asarray(value)
+    except (TypeError, ValueError):  # nested lists of different lengths
+        array = np.asarray(None)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         problems.append(f"{name}: wanted floating point values, got {show(array)}")
+        return absent()
     if array.size == 0:
         problems.append(f"{name}: is empty; pass None to leave it out")
-    return array.astype(jnp.float32)
+    return to_device(array.astype(jnp.float32))
 
 
 def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) -> tuple[Any, ...]:
@@ -150,6 +158,7 @@ def results_of(q: Any, return_lse: bool) -> tuple[Any, Any]:
     return (q.shape, q.dtype), ((tokens if return_lse else 0, heads), jnp.float32)
 
 
-def split_lse(lse: Any, size: int) -> Any:
-    """[B * T, Hq] -> [B, T, Hq], even if there are no rows."""
-    return lse.reshape(size, lse.shape[0] // size, lse.shape[1])
+def split_results(out: Any, lse: Any, shape: tuple[int, int], return_lse: bool) -> tuple[Any, Any]:
+    """out [B * T, Hq, D] and lse [B * T, Hq], or without rows, as [B, T, ...]."""
+    rows = (shape[0], shape[1] if return_lse else 0)
+    return _batching.split_rows(out, shape), _batching.split_rows(lse, rows)

@@ -4,6 +4,7 @@ One cache serves all elements of a vmapped axis. Their batches are concatenated 
 batch with more sequences. A batched cache would be several caches, which one pool cannot provide.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,22 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 
-__all__ = ["axis_size", "flatten_rows", "fold", "front", "map_reader", "refuse", "register"]
+from jax_kvpage._values import raise_all
+
+__all__ = [
+    "CACHE",
+    "axis_size",
+    "flatten_rows",
+    "fold",
+    "front",
+    "map_reader",
+    "merge_rows",
+    "must_be_mapped",
+    "never_mapped",
+    "refuse",
+    "register",
+    "split_rows",
+]
 
 Dims = Sequence[int | None]
 Rule = Callable[..., tuple[Sequence[Any], Sequence[int | None]]]
@@ -52,8 +68,7 @@ def refuse(
     found = [text for name, dim in zip(names, dims, strict=True) if (text := wrong(name, dim))]
     # The arrays of one cache are batched together: report them once.
     reasons = dict.fromkeys(found)
-    if reasons:
-        raise ValueError("\n  - ".join([f"vmap of {op}:", *reasons]))
+    raise_all(f"vmap of {op}", reasons)
 
 
 # Names of a cache's arrays among the operands of an op.
@@ -88,6 +103,8 @@ def must_be_mapped(*own: str) -> Callable[[str, int | None], str]:
     return wrong
 
 
+# A single program even under an eager vmap, so that no scalar has to be moved to the device.
+@functools.partial(jax.jit, static_argnames="tokens", inline=True)
 def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.Array, jax.Array]:
     """Concatenates the batches of all elements.
 
@@ -105,7 +122,7 @@ def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.
     last = offsets[:, -1]
     if tokens is None:
         begin = jnp.cumsum(last) - last
-        end = begin[-1:] + last[-1:]
+        end = jnp.sum(last)[None]
         folded = (begin[:, None] + offsets[:, :-1]).reshape(-1)
     else:
         begin = tokens * jnp.arange(size, dtype=jnp.int32)
@@ -114,14 +131,24 @@ def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.
         slots = jnp.concatenate([slots, jnp.full((size, 1), -1, jnp.int32)], axis=1)
     # Offsets of a later element that do not begin at 0 would look like padding of the previous one;
     # pass the mistake on to the check at run time.
-    folded = folded.at[0].set(jnp.where(jnp.all(offsets[:, 0] == 0), 0, -1))
+    first = jnp.where(jnp.all(offsets[:, :1] == 0), 0, -1)[None]
+    folded = jnp.concatenate([first[: folded.shape[0]], folded[1:]])
     return slots.reshape(-1), jnp.concatenate([folded, end]).astype(jnp.int32)
 
 
 def flatten_rows(operands: Sequence[Any], dims: Dims, size: int) -> list[jax.Array]:
     """[B, n, ...] -> [B * n, ...] for each operand, repeated first where it is not mapped."""
-    rows = [front(x, d, size) for x, d in zip(operands, dims, strict=True)]
-    return [x.reshape(-1, *x.shape[2:]) for x in rows]
+    return [merge_rows(front(x, d, size)) for x, d in zip(operands, dims, strict=True)]
+
+
+def merge_rows(array: jax.Array) -> jax.Array:
+    """[B, n, ...] -> [B * n, ...]; -1 as a dimension would not do for arrays without elements."""
+    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+
+def split_rows(array: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[B * n, ...] -> [B, n, ...]."""
+    return array.reshape(*shape, *array.shape[1:])
 
 
 def map_reader(op: str, names: Sequence[str], call: Callable[..., Sequence[Any]]) -> Any:

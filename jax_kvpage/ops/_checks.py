@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_kvpage import _compat
 from jax_kvpage._arrays import as_int32
-from jax_kvpage._values import is_integer
+from jax_kvpage._values import is_integer, raise_all
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.spec import CacheSpec
 
@@ -104,8 +104,7 @@ class Checker:
         Raises:
             ValueError: there was at least one mistake.
         """
-        if self.problems:
-            raise ValueError("\n  - ".join([f"{self.op}:", *self.problems]))
+        raise_all(self.op, self.problems)
 
 
 def pool_checker(op: str, spec: CacheSpec, problems: Sequence[str] = ()) -> Checker:

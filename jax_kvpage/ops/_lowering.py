@@ -5,6 +5,7 @@ JAX's fast path. Instead, the side effect is declared on the custom call to whic
 lowered, where XLA needs it.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,16 @@ from jax_kvpage._arrays import to_device
 from jax_kvpage.ops import _scratch
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["ADDRESSINGS", "IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
+__all__ = [
+    "ADDRESSINGS",
+    "IMPLEMENTATIONS",
+    "absent",
+    "bind",
+    "check_implementation",
+    "make_primitive",
+    "refuse_differentiation",
+    "register_lowerings",
+]
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla")
 # How kernels find keys and values. Compiled programs contain the index.
@@ -201,7 +211,7 @@ def register_lowerings(
         if implementation == "xla":
             return lower_xla(ctx, operands, params)
         if implementation not in (None, "cpu"):
-            raise _refusal(op, implementation, "cpu", xla is not None, by_table(params))
+            raise _refusal(name or op, implementation, "cpu", xla is not None, by_table(params))
         return call(ctx, operands, params)
 
     def lower_cuda(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -214,7 +224,7 @@ def register_lowerings(
         # package may lack CUDA too. Only where the program can run must the kernels exist.
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
-            raise _refusal(op, implementation, "cuda", plain, by_table(params))
+            raise _refusal(name or op, implementation, "cuda", plain, by_table(params))
         avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None
         if plan is not None:
             value, aval = plan(ctx, operands, params)
@@ -233,24 +243,35 @@ def register_lowerings(
         if xla_is_default and implementation in (None, "xla"):
             return lower_xla(ctx, operands, params)
         platforms = ctx.platforms or ctx.module_context.platforms
-        raise _refusal(op, implementation, ", ".join(platforms), xla_is_default, by_table(params))
+        raise _refusal(
+            name or op, implementation, ", ".join(platforms), xla_is_default, by_table(params)
+        )
 
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     mlir.register_lowering(primitive, lower_cuda, platform="cuda")
     mlir.register_lowering(primitive, lower_elsewhere)
 
 
-def refuse_differentiation(primitive: Primitive) -> None:
-    """Makes jvp, grad and vjp of a primitive raise an error that names the way out."""
-    op = primitive.name.removeprefix("kvpage_")
+def refuse_differentiation(
+    primitive: Primitive,
+    name: str | None = None,
+    why: str = "the cache lies outside of what JAX traces, so there is no gradient through it",
+) -> None:
+    """Makes jvp, grad and vjp of a primitive raise an error that names the way out.
+
+    Args:
+        primitive: named kvpage_<op>.
+        name: name for messages, if users know the op by another name than <op>.
+        why: the reason, for messages.
+    """
+    op = name or primitive.name.removeprefix("kvpage_")
 
     def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
         del primals, tangents, params
         raise ValueError(
-            f"{op} cannot be differentiated: the cache lies outside of what JAX traces, so there "
-            "is no gradient through it. For inference inside a differentiated program wrap the "
-            "floating point arguments in jax.lax.stop_gradient; for training attend over dense "
-            "arrays, for instance with jax.nn.dot_product_attention."
+            f"{op} cannot be differentiated: {why}. For inference inside a differentiated program "
+            "wrap the floating point arguments in jax.lax.stop_gradient; for training attend over "
+            "dense arrays, for instance with jax.nn.dot_product_attention."
         )
 
     ad.primitive_jvps[primitive] = refuse
@@ -269,6 +290,9 @@ def absent() -> Any:
     Inside a program it is computed: a constant would become an argument of shard_map, and jaxlib
     0.11's Shardy partitioner crashes on empty ones.
     """
-    if _compat.is_tracing():
-        return jax.lax.full((0,), 0, np.float32)
-    return np.zeros((0,), np.float32)
+    return _nothing() if _compat.is_tracing() else np.zeros((0,), np.float32)
+
+
+@functools.partial(jax.jit, inline=True)  # under an eager vmap, a program without transfers
+def _nothing() -> Any:
+    return jax.lax.full((0,), 0, np.float32)

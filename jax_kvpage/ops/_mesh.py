@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jax_kvpage._arrays import as_host_array
 from jax_kvpage._compat import gathered, placed_as
+from jax_kvpage._values import raise_all
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _replicas
 from jax_kvpage.ops._kept_faults import raise_kept
@@ -26,7 +27,19 @@ from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["over_mesh", "refuse", "refuse_processes"]
+__all__ = [
+    "attention",
+    "attention_and_cache",
+    "cache_and_ok",
+    "cache_only",
+    "everywhere",
+    "in_order",
+    "keys_and_values",
+    "not_striped",
+    "over_mesh",
+    "refuse",
+    "refuse_processes",
+]
 
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
@@ -196,8 +209,7 @@ def _check_heads(
             reasons.append(
                 f"{name}: {shape[0]} heads cannot be split over {sharding.parts} devices"
             )
-    if reasons:
-        raise ValueError("\n  - ".join([f"{op}:", *reasons]))
+    raise_all(op, reasons)
 
 
 def _parted(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage._compat import gathered
+from jax_kvpage._values import raise_all
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.over_axis import AxisSharding
@@ -83,8 +84,7 @@ def check(
                     f"{name}: wanted slots of the pool, 0..{spec.max_slots - 1}, or -1, got "
                     f"{numbers.tolist()}"
                 )
-    if reasons:
-        raise ValueError("\n  - ".join([f"{op}:", *reasons]))
+    raise_all(op, reasons)
 
 
 def _data_axis(sharding: AxisSharding) -> str | None:

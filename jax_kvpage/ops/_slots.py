@@ -43,13 +43,17 @@ def replaced(cache: KVCache, epoch: Any, lengths: Any = None) -> KVCache:
     return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
 
 
-def flattened(op: str, name: str, operands: Sequence[Any], dims: Any) -> tuple[list[Any], int]:
+def flattened(
+    op: str, name: str, operands: Sequence[Any], dims: Any
+) -> tuple[list[Any], tuple[int, int]]:
     """Merges the calls of all elements of a mapped axis into one call.
 
     Returns:
-        The operands and the size of the axis.
+        The operands, the size of the axis, and the number of slots of each element.
     """
     names = (*_batching.CACHE, "slots", name)
     _batching.refuse(op, names, dims, _batching.must_be_mapped("slots"))
     size = _batching.axis_size(operands, dims)
-    return [*operands[:3], *_batching.flatten_rows(operands[3:], dims[3:], size)], size
+    count = operands[3].shape[1 - dims[3]]
+    merged = _batching.flatten_rows(operands[3:], dims[3:], size)
+    return [*operands[:3], *merged], (size, count)

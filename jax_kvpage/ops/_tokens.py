@@ -23,7 +23,16 @@ from jax_kvpage.ops._checks import (
     layer_operand,
 )
 
-__all__ = ["check_header", "check_kv", "expanded", "folded", "like", "operands", "replaced"]
+__all__ = [
+    "HEADER",
+    "check_header",
+    "check_kv",
+    "expanded",
+    "folded",
+    "like",
+    "operands",
+    "replaced",
+]
 
 # handle, epoch, lengths, slots, query_offsets, layer
 HEADER = 6
@@ -106,7 +115,8 @@ def _rows(batch: Batch, name: str, array: Any, problems: list[str]) -> Any:
         return array
     if not isinstance(array, (jax.Array, np.ndarray)):
         array = jnp.asarray(array)
-    return gathered(array).reshape(-1, *array.shape[2:])
+    rows, tokens, *rest = array.shape
+    return gathered(array).reshape(rows * tokens, *rest)
 
 
 def like(batch: Batch, rows: jax.Array) -> jax.Array:
@@ -138,7 +148,7 @@ def replaced(cache: KVCache, epoch: Any) -> KVCache:
     return dataclasses.replace(cache, epoch=epoch)
 
 
-def folded(operands: Sequence[Any], dims: Any, per_token: int) -> tuple[list[Any], int]:
+def folded(operands: Sequence[Any], dims: Any, per_token: int) -> tuple[list[Any], tuple[int, int]]:
     """Merges the calls of all elements into one call over their concatenated batches.
 
     Args:
@@ -147,12 +157,13 @@ def folded(operands: Sequence[Any], dims: Any, per_token: int) -> tuple[list[Any
         per_token: number of arrays with a token axis.
 
     Returns:
-        The operands and the size of the mapped axis.
+        The operands, the size of the mapped axis, and T.
     """
     size = _batching.axis_size(operands, dims)
     slots, offsets = (_batching.front(operands[i], dims[i], size) for i in (3, 4))
     end = HEADER + per_token
     arrays = [_batching.front(operands[i], dims[i], size) for i in range(HEADER, end)]
-    slots, offsets = _batching.fold(slots, offsets, arrays[0].shape[1])
-    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-    return [*operands[:3], slots, offsets, operands[5], *flat, *operands[end:]], size
+    tokens = arrays[0].shape[1]
+    slots, offsets = _batching.fold(slots, offsets, tokens)
+    flat = [_batching.merge_rows(x) for x in arrays]
+    return [*operands[:3], slots, offsets, operands[5], *flat, *operands[end:]], (size, tokens)

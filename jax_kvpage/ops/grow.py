@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage._compat import gathered
+from jax_kvpage._values import MAX_INT32
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _mesh
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 from jax_kvpage.ops.map_slots import map_slots
 
 __all__ = ["grow"]
-
-_MAX_INT32 = 2**31 - 1
 
 
 @_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped, maps=True)
@@ -50,6 +49,9 @@ def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
 @functools.partial(jax.jit, inline=True)
 def _totals(lengths: jax.Array, slots: jax.Array, offsets: jax.Array) -> jax.Array:
     before = jnp.maximum(lengths[jnp.maximum(slots, 0)], 0)
+    new = jnp.diff(offsets)
     # Saturated: a sum beyond int32 would wrap around to a number that seems to fit.
-    total = before + jnp.minimum(jnp.diff(offsets), _MAX_INT32 - before)
+    total = before + jnp.minimum(new, MAX_INT32 - before)
+    # Malformed offsets become a number of tokens that map_slots refuses.
+    total = jnp.where((new < 0) | (offsets[:1] != 0), -1, total)
     return jnp.where(slots >= 0, total, 0)

@@ -59,9 +59,9 @@ _lowering.register_lowerings(map_slots_p, aliases={1: 0})
 
 
 def _batch(operands: Any, dims: Any, *, spec: CacheSpec) -> Any:
-    flat, size = _slots.flattened("map_slots", "num_tokens", operands, dims)
+    flat, shape = _slots.flattened("map_slots", "num_tokens", operands, dims)
     epoch, ok = map_slots_p.bind(*flat, spec=spec)
-    return [epoch, ok.reshape(size, -1)], [None, 0]
+    return [epoch, _batching.split_rows(ok, shape)], [None, 0]
 
 
 _batching.register(map_slots_p, _batch)

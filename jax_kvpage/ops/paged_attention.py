@@ -149,9 +149,9 @@ def _batch(operands: Any, dims: Any, **params: Any) -> Any:
     if not (own_slots and shared_options):
         return _one_by_one(operands, dims, **params)
     _batching.refuse("paged_attention", _NAMES, dims, _batching.never_mapped)
-    operands, size = _tokens.folded(operands, dims, per_token=1)
+    operands, shape = _tokens.folded(operands, dims, per_token=1)
     out, lse = paged_attention_p.bind(*operands, **params)
-    return [out.reshape(size, -1, *out.shape[1:]), _attention.split_lse(lse, size)], [0, 0]
+    return _attention.split_results(out, lse, shape, params["return_lse"]), [0, 0]
 
 
 _batching.register(paged_attention_p, _batch)

@@ -1,4 +1,4 @@
-"""update_and_attend: append_kv and paged_attention in one call, the decode path."""
+"""update_and_attend: append_kv and paged_attention in one call."""
 
 import dataclasses
 from typing import Any, Literal
@@ -106,7 +106,7 @@ def update_and_attend(
     return (out, _tokens.like(batch, lse), cache) if return_lse else (out, cache)
 
 
-def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
+def _append_then_attend(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     handle, epoch, *header = operands[:6]
     q, k, v, *options = operands[6:]
     (epoch,) = append_kv_p.bind(handle, epoch, *header, k, v, spec=spec)
@@ -117,7 +117,7 @@ def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
 _lowering.register_lowerings(
     update_and_attend_p,
     aliases={1: 2},
-    xla=_append_then_gather,
+    xla=_append_then_attend,
     scratch=_scratch.attention,
     plan=_plan.appended(9),
 )
@@ -133,10 +133,10 @@ def _batch(operands: Any, dims: Any, **params: Any) -> Any:
         return needs_slots(name, dim)
 
     _batching.refuse("update_and_attend", _NAMES, dims, wrong)
-    operands, size = _tokens.folded(operands, dims, per_token=3)
+    operands, shape = _tokens.folded(operands, dims, per_token=3)
     out, lse, epoch = update_and_attend_p.bind(*operands, **params)
-    out = out.reshape(size, -1, *out.shape[1:])
-    return [out, _attention.split_lse(lse, size), epoch], [0, 0, None]
+    out, lse = _attention.split_results(out, lse, shape, params["return_lse"])
+    return [out, lse, epoch], [0, 0, None]
 
 
 _batching.register(update_and_attend_p, _batch)

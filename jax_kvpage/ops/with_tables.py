@@ -26,6 +26,8 @@ _NAMES = (
     "alibi_slopes",
 )
 
+_NAME = "paged_attention_with_tables"
+
 
 def _abstract(
     *avals: Any, kv_layout: int, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
@@ -100,13 +102,12 @@ def paged_attention_with_tables(
         jax.errors.JaxRuntimeError: at run time on cpu: malformed offsets, lengths beyond the table,
             or a page number out of range.
     """
-    name = "paged_attention_with_tables"
     arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
-    check_arrays(name, q=q, **arrays, lengths=lengths)
-    block_tables = as_int32(f"{name}: block_tables", block_tables)
-    lengths = as_int32(f"{name}: lengths", lengths)
+    check_arrays(_NAME, q=q, **arrays, lengths=lengths)
+    block_tables = as_int32(f"{_NAME}: block_tables", block_tables)
+    lengths = as_int32(f"{_NAME}: lengths", lengths)
     if query_offsets is not None:
-        query_offsets = as_int32(f"{name}: query_offsets", query_offsets)
+        query_offsets = as_int32(f"{_NAME}: query_offsets", query_offsets)
     problems: list[str] = []
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     head_dim = jnp.shape(q)[-1] if jnp.ndim(q) else 1
@@ -136,6 +137,8 @@ def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
 
     def context(pages: Any) -> Any:
         pages = pages if kv_layout == 0 else jnp.swapaxes(pages, 1, 2)
+        if pages.shape[0] == 0:  # JAX cannot gather from nothing
+            pages = jnp.zeros((1, *pages.shape[1:]), pages.dtype)
         gathered = pages.at[jnp.maximum(tables, 0)].get(mode="clip")
         sequences, blocks, page_size, heads, dim = gathered.shape
         return gathered.reshape(sequences, blocks * page_size, heads, dim)
@@ -149,14 +152,17 @@ def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
 
 _lowering.register_lowerings(
     attend_with_tables_p,
+    name=_NAME,
     side_effect=False,
     xla=_attend_plain,
     xla_is_default=True,
     scratch=_scratch.attention_with_tables,
 )
-_lowering.refuse_differentiation(attend_with_tables_p)
+_lowering.refuse_differentiation(
+    attend_with_tables_p, _NAME, "it is for inference, and its kernels have no gradients"
+)
 
 _batching.register(
     attend_with_tables_p,
-    _batching.map_reader("paged_attention_with_tables", _NAMES, attend_with_tables_p.bind),
+    _batching.map_reader(_NAME, _NAMES, attend_with_tables_p.bind),
 )

@@ -1,4 +1,4 @@
-"""Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
+"""Continuous batching on top of a pool: an engine, and a scheduler whose modules do not use JAX.
 
 `Scheduler` plans steps (`StepPlan`) from token and block counts (`Memory`); `ReplicatedScheduler`
 plans them for several replicas. `Engine` runs the plans with a model on a `KVPool`. Names that need

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from jax_kvpage._values import as_tuple, is_integer, is_number
+from jax_kvpage._values import as_tuple, is_integer, is_number, raise_all
 from jax_kvpage.serving.params import SamplingParams
 
 __all__ = ["BeamSearch", "BeamSearchParams", "Hypothesis", "Params"]
@@ -69,8 +69,7 @@ class BeamSearchParams:
             reasons.append(f"length_penalty is {power!r}, wanted a finite number")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             reasons.append(f"early_stopping is {self.early_stopping!r}, wanted a bool or 'never'")
-        if reasons:
-            raise ValueError("\n  - ".join(["BeamSearchParams:", *reasons]))
+        raise_all("BeamSearchParams", reasons)
 
     def num_candidates(self, num_stops: int) -> int:
         """Continuations ranked per step: enough for W to continue even if the others end.

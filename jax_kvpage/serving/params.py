@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jax_kvpage._values import as_tuple, is_integer, is_number
+from jax_kvpage._values import as_tuple, is_integer, is_number, raise_all
 from jax_kvpage.serving.structured import StructuredOutputsParams
 
 __all__ = ["SamplingParams"]
@@ -71,8 +71,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", as_tuple(self.stop_token_ids))
         reasons = self._reasons()
-        if reasons:
-            raise ValueError("\n  - ".join(["SamplingParams:", *reasons]))
+        raise_all("SamplingParams", reasons)
 
     @property
     def has_penalties(self) -> bool:

@@ -10,20 +10,20 @@ import numpy as np
 
 from jax_kvpage.serving.admission import AdmissionPolicy
 from jax_kvpage.serving.advance import advance, start_from, take_back, without
+from jax_kvpage.serving.backoff import Backoff
 from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.door import check_sizes
 from jax_kvpage.serving.forking import fork_ready
 from jax_kvpage.serving.growth import Growth
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.plan import Fork, StepPlan
 from jax_kvpage.serving.preemption import PreemptionPolicy
+from jax_kvpage.serving.queue_entry import check_sizes
 from jax_kvpage.serving.request import Sequence, SequenceGroup, Status
 from jax_kvpage.serving.rows import Rows
 from jax_kvpage.serving.running import RunningSet
 from jax_kvpage.serving.starting import Starter
 from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.swap import SwapSpace
-from jax_kvpage.serving.trust import Trust
 from jax_kvpage.serving.waiting import WaitingQueue
 
 __all__ = ["Planner"]
@@ -79,12 +79,12 @@ class Planner:
         self._ending: list[Sequence] = []  # sequences that reach their limit in the last plan
         self._forks: tuple[Fork, ...] = ()  # of the last plan
         self._room_before: dict[int, int] = {}  # of rows that grew in the last plan
-        self._trust = Trust()
+        self._backoff = Backoff()
         self.starter = Starter(
             self._rows,
             self._running,
             self._queue,
-            self._trust,
+            self._backoff,
             self.stats,
             self._admission,
             memory.capacity,
@@ -165,7 +165,7 @@ class Planner:
     def settle(self) -> None:
         """Finishes the last plan, which has been carried out or refused."""
         if self._ran:
-            self._trust.ran()
+            self._backoff.ran()
         for sequence in self._ending:
             if sequence.finish_reason is None:
                 self._end(sequence, sequence.group.limit_reason)
@@ -196,7 +196,7 @@ class Planner:
         if self._needs_no_memory():  # most steps; asking memory may be slow
             return StepBuilder(0, 0, 0, 0, self._budget)
         memory, running = self._memory, self._running
-        free = self._trust.usable(memory.free_blocks())
+        free = self._backoff.usable(memory.free_blocks())
         coming = memory.draining_blocks() + running.releasing
         slots = memory.free_slots() - running.promised_slots
         return StepBuilder(free, running.promised, coming, slots, self._budget)
@@ -215,7 +215,7 @@ class Planner:
     def end_stuck(self, step: StepBuilder) -> None:
         """Ends the oldest group if nothing can continue."""
         idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
-        if idle and self._trust.is_full and self._running.groups:
+        if idle and self._backoff.is_full and self._running.groups:
             self.cancel(self._running.groups[0], "capacity")
 
     def complete(self, step: StepBuilder) -> StepPlan:
@@ -279,10 +279,10 @@ class Planner:
             self._queue.push(group)
         self._forks = left.forks
         self._ending = [left.sequences[position] for position in left.ending]
-        self._trust.refused(plan.free_blocks)
+        self._backoff.refused(plan.free_blocks)
         self.stats.refused_plans += 1
         self._ran = not left.is_empty
-        if self._trust.is_final(left.is_empty and not self._memory.draining_blocks()):
+        if self._backoff.is_final(left.is_empty and not self._memory.draining_blocks()):
             self.cancel(next(iter(groups)), "capacity")
         return left
 
@@ -304,7 +304,7 @@ class Planner:
     def _num_repeats(self, plan: StepPlan) -> int:
         """In how many further steps the rows of a plan need no memory and reach no limit."""
         rows, decodes = self._rows, plan.rows
-        if not (decodes.size and self._trust.is_full) or rows.has_drafts:
+        if not (decodes.size and self._backoff.is_full) or rows.has_drafts:
             return 0
         if plan.extend_rows.size and decodes.size > rows.block_tokens:
             return 0  # most steps need blocks: looking for others is not worth its time
@@ -327,4 +327,4 @@ class Planner:
         rows, running = self._rows, self._running
         can_start = rows.num_free > running.num_unforked and self._queue.head() is not None
         grows = rows.has_drafts or running.forking or rows.short().size
-        return self._trust.is_full and not (can_start or grows)
+        return self._backoff.is_full and not (can_start or grows)

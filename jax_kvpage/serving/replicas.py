@@ -15,12 +15,12 @@ import numpy as np
 
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load
 from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.door import Door
 from jax_kvpage.serving.joining import joined
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.planner import Planner
 from jax_kvpage.serving.preemption import CostAware, PreemptionPolicy
+from jax_kvpage.serving.queue_entry import QueueEntry
 from jax_kvpage.serving.request import Request, Sequence, SequenceGroup
 from jax_kvpage.serving.starting import Outcome
 from jax_kvpage.serving.stats import SchedulerStats
@@ -83,7 +83,7 @@ class ReplicatedScheduler:
         # Counts refusals. Groups without a replica, which end while they wait, are counted here
         # too.
         self._first = self._planners[0]
-        self._door = Door(
+        self._entry = QueueEntry(
             memories[0], self._queue, self._first.stats, max_num_seqs, max_num_waiting
         )
 
@@ -115,7 +115,7 @@ class ReplicatedScheduler:
 
     def add(self, request: Request) -> SequenceGroup:
         """See `Scheduler`. A request must fit into one replica."""
-        return self._door.add(request)
+        return self._entry.add(request)
 
     def finish(self, sequence: Sequence, reason: str = "stop") -> None:
         """See `Scheduler`."""
@@ -139,7 +139,7 @@ class ReplicatedScheduler:
         """Plans the next step of all replicas; see `Scheduler`."""
         for planner in self._planners:
             planner.settle()
-        for group in self._door.deadlines.passed(now):
+        for group in self._entry.deadlines.passed(now):
             self.cancel(group, "deadline")
         steps = [planner.begin() for planner in self._planners]
         try:

@@ -14,11 +14,11 @@ depends on clocks, hashes or random numbers: equal calls give equal plans.
 from collections.abc import Callable, Iterable
 
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth
-from jax_kvpage.serving.door import Door
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.planner import Planner
 from jax_kvpage.serving.preemption import CostAware, PreemptionPolicy
+from jax_kvpage.serving.queue_entry import QueueEntry
 from jax_kvpage.serving.request import Request, SequenceGroup
 from jax_kvpage.serving.swap import SwapSpace
 from jax_kvpage.serving.waiting import WaitingQueue
@@ -89,7 +89,7 @@ class Scheduler(Planner):
             find_prefix=find_prefix,
             swap=swap,
         )
-        self._door = Door(memory, queue, self.stats, max_num_seqs, max_num_waiting)
+        self._entry = QueueEntry(memory, queue, self.stats, max_num_seqs, max_num_waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -111,7 +111,7 @@ class Scheduler(Planner):
         Raises:
             RequestRefused: the request can never run, or the queue is full.
         """
-        return self._door.add(request)
+        return self._entry.add(request)
 
     def schedule(self, now: float = float("-inf")) -> StepPlan:
         """Plans the next step. The previous plan must have been carried out, or refused.
@@ -123,7 +123,7 @@ class Scheduler(Planner):
             now: current time, for deadlines.
         """
         self.settle()
-        for group in self._door.deadlines.passed(now):
+        for group in self._entry.deadlines.passed(now):
             self.cancel(group, "deadline")
         if (same := self.repeat()) is not None:
             return same

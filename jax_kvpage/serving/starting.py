@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Literal
 
 from jax_kvpage.serving.admission import AdmissionPolicy, Load
+from jax_kvpage.serving.backoff import Backoff
 from jax_kvpage.serving.builder import StepBuilder
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.rows import Rows
 from jax_kvpage.serving.running import RunningSet
 from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.swap import SwapSpace
-from jax_kvpage.serving.trust import Trust
 from jax_kvpage.serving.waiting import WaitingQueue
 
 __all__ = ["Outcome", "Starter"]
@@ -25,7 +25,7 @@ class Starter:
         rows: per-row arrays.
         running: groups that have memory.
         queue: waiting groups.
-        trust: how many of the blocks that memory reports as free can be used.
+        backoff: how many of the blocks that memory reports as free can be used.
         stats: counts recomputed tokens.
         admission: decides when a group may start.
         capacity: total number of blocks.
@@ -39,7 +39,7 @@ class Starter:
         rows: Rows,
         running: RunningSet,
         queue: WaitingQueue,
-        trust: Trust,
+        backoff: Backoff,
         stats: SchedulerStats,
         admission: AdmissionPolicy,
         capacity: int,
@@ -50,7 +50,7 @@ class Starter:
         self._rows = rows
         self._running = running
         self._queue = queue
-        self._trust = trust
+        self._backoff = backoff
         self._stats = stats
         self._admission = admission
         self._capacity = capacity
@@ -107,7 +107,7 @@ class Starter:
         blocks = running.blocks_to_start(group) - spared
         if not running.groups and not step.coming:
             if blocks > step.free:
-                if not self._trust.is_full or (self._swap and self._swap.give_up()):
+                if not self._backoff.is_full or (self._swap and self._swap.give_up()):
                     return "later"
                 return "never"
         elif blocks > step.free or not self._admission.admits(load, group, blocks):

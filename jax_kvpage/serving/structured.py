@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jax_kvpage._values import raise_all
+
 __all__ = ["StructuredOutputsParams"]
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
@@ -65,5 +67,4 @@ class StructuredOutputsParams:
                 object.__setattr__(self, "choice", tuple(self.choice))
             else:
                 reasons.append(f"choice is {self.choice!r}, wanted strings that are not empty")
-        if reasons:
-            raise ValueError("\n  - ".join(["StructuredOutputsParams:", *reasons]))
+        raise_all("StructuredOutputsParams", reasons)

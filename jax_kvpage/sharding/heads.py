@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from jax_kvpage._values import raise_all
 from jax_kvpage.sharding.over_axis import AxisSharding, mesh_problems
 from jax_kvpage.spec import CacheSpec
 
@@ -59,8 +60,7 @@ class HeadSharding(AxisSharding):
                 f"max_slots={spec.max_slots}, those of all {replicas} replicas together, cannot be "
                 f"split over data_axis={data_axis!r}: wanted a multiple of {replicas}"
             )
-        if reasons:
-            raise ValueError("\n  - ".join(["KVPool:", *reasons]))
+        raise_all("KVPool", reasons)
         local = dataclasses.replace(
             spec,
             num_kv_heads=max(heads // devices, 1),

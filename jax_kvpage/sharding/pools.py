@@ -16,6 +16,7 @@ from jax_kvpage._compat import is_ready, no_mesh
 from jax_kvpage._cuda import Place, place_of
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import PrefixRequest, Queue
+from jax_kvpage._values import raise_all
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
 from jax_kvpage.ops.set_lengths import set_lengths
@@ -62,11 +63,10 @@ def check_alone(
     given = [name for name, value in others.items() if value is not None]
     if given:
         reasons.append(
-            f"{' and '.join(given)}: cannot be given with a mesh, which has the devices, "
-            "and over which a store is for swapped sequences only so far"
+            f"{' and '.join(given)}: cannot be combined with mesh: the mesh selects the devices, "
+            "and a store over a mesh holds swapped sequences only"
         )
-    if reasons:
-        raise ValueError("KVPool: " + "\n  - ".join(reasons))
+    raise_all("KVPool", reasons)
 
 
 def sharded(

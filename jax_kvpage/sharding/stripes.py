@@ -9,6 +9,7 @@ interleaving of vLLM's decode context parallelism and of Striped Attention (Bran
 import dataclasses
 from typing import Any
 
+from jax_kvpage._values import raise_all
 from jax_kvpage.sharding.over_axis import AxisSharding, mesh_problems
 from jax_kvpage.spec import CacheSpec
 
@@ -55,8 +56,7 @@ class StripeSharding(AxisSharding):
                 f"mesh: its devices belong to {len(processes)} processes, but sequences can be "
                 "spread over the devices of one process only so far"
             )
-        if reasons:
-            raise ValueError("\n  - ".join(["KVPool:", *reasons]))
+        raise_all("KVPool", reasons)
         local = dataclasses.replace(spec, max_seq_len=tokens // devices, granule=None)
         return cls(mesh, axis, local)
 

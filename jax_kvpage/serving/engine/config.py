@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax_kvpage._values import is_integer, is_text
+from jax_kvpage._values import is_integer, is_text, raise_all
 from jax_kvpage.serving.admission import AdmissionPolicy
 from jax_kvpage.serving.preemption import PreemptionPolicy
 
@@ -107,8 +107,7 @@ class EngineConfig:
                 f"namespace is {self.namespace!r}, wanted a str of one line that UTF-8 can encode, "
                 "or None"
             )
-        if reasons:
-            raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
+        raise_all("EngineConfig", reasons)
 
     def _normalize(self, name: str, convert: Callable[[Any], Any], wanted: str) -> list[str]:
         """Converts an option to tuples; returns reasons why it is invalid."""

@@ -23,8 +23,8 @@ from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
 from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
-from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
+from jax_kvpage.serving.engine.prefill_rate import PrefillRate
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
@@ -71,16 +71,24 @@ class EngineCore:
         self._pool = pool
         self._clock = clock
         self._memory = PoolMemory(pool)
-        self._pace = Pace()
+        self._prefill_rate = PrefillRate()
         self._ledger = Ledger(clock)
         tokens_of = self._ledger.tokens_of if config.prefix_caching else None
-        swap = store_below(pool, self._pace, tokens_of)
+        swap = store_below(pool, self._prefill_rate, tokens_of)
         self.scheduler = make_scheduler(config, self._memory, rows, self._find_prefix, swap)
         guidance = None if tokenizer is None else Guidance(tokenizer, config.eos_token_ids)
-        words = 0 if guidance is None else guidance.num_words
-        sizes = config.max_logprobs, config.max_stop_token_ids, config.num_speculative_tokens
-        scores, shapes = config.prompt_logprobs, config.shapes(rows)
-        self._programs = Programs(step, params, shapes, rows, *sizes, words, scores, pool.sharding)
+        self._programs = Programs(
+            step,
+            params,
+            config.shapes(rows),
+            num_rows=rows,
+            max_logprobs=config.max_logprobs,
+            num_banned=config.max_stop_token_ids,
+            num_guesses=config.num_speculative_tokens,
+            num_words=0 if guidance is None else guidance.num_words,
+            scores=config.prompt_logprobs,
+            sharding=pool.sharding,
+        )
         check_draft(draft, pool)
         self._guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
         self._num_rows = rows * replicas
@@ -277,7 +285,7 @@ class EngineCore:
             self.config.num_speculative_tokens,
         )
         self._reader = Reader(
-            self._runner, self.scheduler, self._ledger, self._slots, self._clock, self._pace
+            self._runner, self.scheduler, self._ledger, self._slots, self._clock, self._prefill_rate
         )
 
     def _carry_out(self, plan: StepPlan, guesses: Mapping[SequenceState, list[int]]) -> StepPlan:

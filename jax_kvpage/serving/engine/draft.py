@@ -90,7 +90,13 @@ class Draft:
             raise ValueError("Engine: draft: num_speculative_tokens is 0, wanted 1 or more")
         self._pool = model.pool
         self._programs = Programs(
-            model.step, model.params, config.shapes(num_rows), num_rows, 0, 0, 0
+            model.step,
+            model.params,
+            config.shapes(num_rows),
+            num_rows=num_rows,
+            max_logprobs=0,
+            num_banned=0,
+            num_guesses=0,
         )
         self._num_rows = num_rows
         self._most = config.num_speculative_tokens

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jax_kvpage._arrays import token_ids_of
-from jax_kvpage._values import as_text
+from jax_kvpage._values import as_text, raise_all
 from jax_kvpage.serving.beams import BeamSearchParams, Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guidance import Guidance
@@ -198,6 +198,5 @@ def _checked(params: Params, config: EngineConfig, has_text: bool, shares: bool)
     stops = len({*params.stop_token_ids, *eos})
     if params.min_tokens and stops > most:
         reasons.append(f"min_tokens with {stops} stop tokens: max_stop_token_ids is {most}")
-    if reasons:
-        raise ValueError("\n  - ".join(["Engine.add_request:", *reasons]))
+    raise_all("Engine.add_request", reasons)
     return params

@@ -91,6 +91,7 @@ class Programs:
         step: Step,
         params: Any,
         shapes: list[tuple[int, int]],
+        *,
         num_rows: int,
         max_logprobs: int,
         num_banned: int,

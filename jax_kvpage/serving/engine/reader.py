@@ -12,7 +12,7 @@ import numpy as np
 from jax_kvpage.serving.engine.beams import Beams
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.ledger import Ledger
-from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.prefill_rate import PrefillRate
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.scheduling import AnyScheduler
 from jax_kvpage.serving.engine.slots import Slots
@@ -30,6 +30,7 @@ class Reader:
         ledger: unfinished requests.
         slots: slots of their sequences.
         clock: returns seconds.
+        prefill_rate: measured speed of the engine.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class Reader:
         ledger: Ledger,
         slots: Slots,
         clock: Callable[[], float],
-        pace: Pace,
+        prefill_rate: PrefillRate,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._ledger = ledger
         self._slots = slots
         self._clock = clock
-        self._pace = pace
+        self._prefill_rate = prefill_rate
         self._beams = Beams(slots, ledger, runner.choose)
         self._news: list[Callable[[], None]] = []
 
@@ -70,7 +71,7 @@ class Reader:
             requests = self._fail((state.request for state in flight.states), failure.reason)
             self._runner.forget([state for request in requests for state in request.sequences])
             return
-        self._pace.read(flight.num_prompt_tokens, flight.launched)
+        self._prefill_rate.read(flight.num_prompt_tokens, flight.launched)
         if flight.accepted is not None and flight.accepted.any():
             self._news.append(partial(self._tell_accepted, flight, flight.accepted))
         now = self._clock()

@@ -7,7 +7,7 @@ import numpy as np
 
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.pool import KVPool
-from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.prefill_rate import PrefillRate
 from jax_kvpage.serving.engine.slot_calls import past_fault
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.swap import Fetched
@@ -28,18 +28,18 @@ class StoredPrompts:
 
     Args:
         pool: a pool with a store.
-        pace: measured speed of the engine.
+        prefill_rate: measured speed of the engine.
         tokens_of: returns the token ids and the namespace of a waiting group.
     """
 
     def __init__(
         self,
         pool: KVPool,
-        pace: Pace,
+        prefill_rate: PrefillRate,
         tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]],
     ) -> None:
         self._pool = pool
-        self._pace = pace
+        self._prefill_rate = prefill_rate
         self._tokens_of = tokens_of
         self._prompts: dict[SequenceGroup, _Prompt] = {}
 
@@ -58,10 +58,10 @@ class StoredPrompts:
         """See `SwapSpace`. `find` must have found something for the group."""
         prompt = self._prompts[group]
         if prompt.ticket is None:
-            pace = self._pace.tokens_per_second or None
+            rate = self._prefill_rate.tokens_per_second or None
             try:
                 ids, space = self._tokens_of(group)
-                prompt.ticket = self._pool.prefetch(ids, space, prefill_tokens_per_second=pace)
+                prompt.ticket = self._pool.prefetch(ids, space, prefill_tokens_per_second=rate)
             except KVPageError:  # for example, the store was closed
                 prompt.num_tokens = 0
                 return "gone"

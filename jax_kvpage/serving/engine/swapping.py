@@ -13,7 +13,7 @@ import numpy as np
 from jax_kvpage.errors import KVPageError, OutOfBlocks
 from jax_kvpage.host_store import HostStore
 from jax_kvpage.pool import KVPool
-from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.prefill_rate import PrefillRate
 from jax_kvpage.serving.engine.stored_prompts import StoredPrompts
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.swap import Fetched
@@ -39,20 +39,20 @@ class PoolSwap:
 
     Args:
         pool: a pool with a store.
-        pace: measured speed of the engine.
+        prefill_rate: measured speed of the engine.
         prompts: stored prompts of other requests; None ignores them.
     """
 
     def __init__(
         self,
         pool: KVPool,
-        pace: Pace,
+        prefill_rate: PrefillRate,
         prompts: StoredPrompts | None = None,
     ) -> None:
         spec = pool.spec
         assert spec.block_tokens is not None
         self._pool = pool
-        self._pace = pace
+        self._prefill_rate = prefill_rate
         self._block_tokens = spec.block_tokens
         # On a mesh, the devices write and read their parts in parallel.
         self._token_bytes = pool.sharding.local.token_bytes if pool.sharding else spec.token_bytes
@@ -95,12 +95,12 @@ class PoolSwap:
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
         """See `SwapSpace`. Until a prompt has been computed, nothing is worth swapping."""
-        pace = self._pace.tokens_per_second
-        if not pace:
+        rate = self._prefill_rate.tokens_per_second
+        if not rate:
             return num_tokens
         speed = self._read_bytes_per_second()
         seconds = 2 * self._token_bytes / speed  # per token: written, then read
-        return np.ceil(num_tokens * seconds * pace).astype(np.int64)
+        return np.ceil(num_tokens * seconds * rate).astype(np.int64)
 
     def _read_bytes_per_second(self) -> float:
         store = self._pool.store
@@ -155,7 +155,7 @@ class PoolSwap:
 
 def store_below(
     pool: KVPool,
-    pace: Pace,
+    prefill_rate: PrefillRate,
     tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None,
 ) -> PoolSwap | None:
     """Returns the swap space of a pool; None without a store or with several replicas.
@@ -165,12 +165,12 @@ def store_below(
 
     Args:
         pool: pool of the engine.
-        pace: measured speed of the engine.
+        prefill_rate: measured speed of the engine.
         tokens_of: see `StoredPrompts`; None ignores stored prompts.
     """
     if pool.store is None or pool.replicas > 1:
         return None
     prompts = None
     if tokens_of is not None and pool.sharding is None:  # on a mesh, prompts are not stored
-        prompts = StoredPrompts(pool, pace, tokens_of)
-    return PoolSwap(pool, pace, prompts)
+        prompts = StoredPrompts(pool, prefill_rate, tokens_of)
+    return PoolSwap(pool, prefill_rate, prompts)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_kvpage._values import MAX_INT32
 from jax_kvpage.serving.beams import BeamSearch, BeamSearchParams, Hypothesis
 from jax_kvpage.serving.engine.guidance import Guide
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
@@ -12,8 +13,6 @@ from jax_kvpage.serving.request import Sequence, SequenceGroup
 from jax_kvpage.serving.text import Detokenize, TextBuilder
 
 __all__ = ["RequestState", "SequenceState"]
-
-_MOST = 2**31 - 1
 
 
 class SequenceState:
@@ -276,10 +275,10 @@ class RequestState:
         )
         column[:NUM_FLOATS] = np.asarray(floats, np.float32).view(np.int32)
         seed = int(np.asarray(self.seed, np.uint32).view(np.int32))
-        allowed = min(prompt + params.min_tokens, _MOST)
+        allowed = min(prompt + params.min_tokens, MAX_INT32)
         wanted = 0 if params.logprobs is None else 1
         column[NUM_FLOATS : NUM_FLOATS + NUM_INTS] = (
-            min(max(params.top_k, 0), _MOST),
+            min(max(params.top_k, 0), MAX_INT32),
             seed,
             index,
             prompt,

@@ -1,25 +1,23 @@
 """Back-off after refusals: limits how many free blocks a plan may use."""
 
-__all__ = ["Trust"]
+__all__ = ["Backoff"]
+
+# Consecutive steps in which nothing ran because of a refusal before a refusal is final.
+_MAX_REFUSALS = 8
 
 
-class Trust:
+class Backoff:
     """Backs off after memory refused blocks that it had reported as free.
 
     After a refusal, as many blocks as the refused plan could use are withheld from plans. The
     number is halved in each step.
-
-    Args:
-        max_refusals: consecutive steps in which nothing ran because of a refusal before a refusal
-            is final.
 
     Attributes:
         is_full: whether the step may use all blocks that memory reports as free; False from a
             refusal until `usable` sets it again.
     """
 
-    def __init__(self, max_refusals: int = 8) -> None:
-        self._max_refusals = max_refusals
+    def __init__(self) -> None:
         self.is_full = True
         self._withheld = 0
         self._refusals = 0
@@ -43,7 +41,7 @@ class Trust:
             idle: whether nothing runs or drains, so that another attempt can only fail again.
         """
         self._refusals = self._refusals + 1 if idle else 0
-        return self._refusals >= self._max_refusals
+        return self._refusals >= _MAX_REFUSALS
 
     def ran(self) -> None:
         """Records that a plan ran."""

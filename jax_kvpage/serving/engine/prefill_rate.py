@@ -5,12 +5,12 @@ import time
 
 import numpy as np
 
-__all__ = ["Pace"]
+__all__ = ["PrefillRate"]
 
 _STEPS = 64  # latest steps that are fitted
 
 
-class Pace:
+class PrefillRate:
     """Measures how fast prompts are computed.
 
     A step has a fixed cost, and the marginal cost of a token is what is saved if the token need not

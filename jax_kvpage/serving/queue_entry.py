@@ -5,10 +5,10 @@ from jax_kvpage.serving.request import Request, RequestRefused, SequenceGroup
 from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.waiting import Deadlines, WaitingQueue
 
-__all__ = ["Door", "check_queue", "check_sizes", "limit_of"]
+__all__ = ["QueueEntry", "check_queue", "check_sizes", "limit_of"]
 
 
-class Door:
+class QueueEntry:
     """Entry point of the queue.
 
     Args:
