@@ -10,7 +10,7 @@ import re
 import subprocess
 from typing import Any
 
-__all__ = ["describe", "short_name"]
+__all__ = ["describe"]
 
 
 def _field(text: str, name: str) -> str:
@@ -54,9 +54,3 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
     }
-
-
-def short_name(machine: dict[str, Any]) -> str:
-    """A short name of the machine for file names."""
-    name = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"{name}-{machine['family'].replace('/', '-')}"

@@ -29,7 +29,7 @@ __all__ = ["Inspection"]
 
 
 class Inspection(ReplicaCalls):
-    """Base class of KVPool: calls without side effects."""
+    """Base class of KVPool: calls that change neither sequences nor their memory."""
 
     spec: CacheSpec
     _native: NativePool

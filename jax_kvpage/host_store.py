@@ -117,21 +117,21 @@ class HostStore(Closing):
         """
         numbers = checked(self.native.numbers)
         return HostStoreStats(
-            numbers.limit_bytes,
-            numbers.used_bytes,
-            numbers.pinned_bytes,
-            numbers.bytes_written,
-            numbers.bytes_read,
-            numbers.read_bytes_per_second,
-            numbers.refused_writes,
-            numbers.failed_writes,
-            numbers.failed_reads,
-            numbers.last_error,
-            numbers.swap_out_seconds_median,
-            numbers.swap_out_seconds_p95,
-            numbers.swap_in_seconds_median,
-            numbers.swap_in_seconds_p95,
-            _prefix_stats(numbers.prefixes),
+            limit=numbers.limit_bytes,
+            bytes=numbers.used_bytes,
+            pinned=numbers.pinned_bytes,
+            bytes_written=numbers.bytes_written,
+            bytes_read=numbers.bytes_read,
+            read_bytes_per_second=numbers.read_bytes_per_second,
+            refused_writes=numbers.refused_writes,
+            failed_writes=numbers.failed_writes,
+            failed_reads=numbers.failed_reads,
+            last_error=numbers.last_error,
+            swap_out_seconds_median=numbers.swap_out_seconds_median,
+            swap_out_seconds_p95=numbers.swap_out_seconds_p95,
+            swap_in_seconds_median=numbers.swap_in_seconds_median,
+            swap_in_seconds_p95=numbers.swap_in_seconds_p95,
+            prefixes=_prefix_stats(numbers.prefixes),
         )
 
     def close(self) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from llama.checkpoint import save_model
 from llama.config import LlamaConfig
-from llama.engine import ServedEngine
-from llama.generate import Engine, Request
+from llama.engine_runner import EngineRunner
 from llama.model import Llama
 from llama.programs import Programs
 from llama.sampling import Sampling
+from llama.scan_runner import Request, ScanRunner
 from llama.serving import model_step
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -120,7 +120,7 @@ class Outcome:
     reasons: list[str | None]
     requests: list[Request]
     order: list[int]  # the request of each token, in the order of arrival
-    engine: Engine | ServedEngine
+    engine: ScanRunner | EngineRunner
     stats: kvp.PoolStats
 
 
@@ -163,14 +163,14 @@ def generate(
         "prefill_chunk": prefill_chunk,
         "on_token": lambda request, token: order.append(request.index),
     }
-    engine: Engine | ServedEngine
+    engine: ScanRunner | EngineRunner
     with kvp.KVPool(spec, capacity) as pool:
         if scan_steps:
             programs = _programs(model, sampling, stop_ids, implementation)
-            engine = Engine(programs, pool, stop_ids, scan_steps=scan_steps, **options)
+            engine = ScanRunner(programs, pool, stop_ids, scan_steps=scan_steps, **options)
         else:
             step = served_step(model, implementation)
-            engine = ServedEngine(*step, pool, sampling, stop_ids, **options)
+            engine = EngineRunner(*step, pool, sampling, stop_ids, **options)
         engine.run(requests)
         stats = pool.stats()
     return Outcome(

@@ -242,7 +242,10 @@ def refusals() -> None:
         ({"mesh": mesh, "axis": "dp"}, "axis: the mesh has 'tp', got 'dp'"),
         ({"mesh": "tp=4", "axis": "tp"}, "mesh: wanted a jax.sharding.Mesh"),
         ({"mesh": wide, "axis": "tp"}, "spread over one axis"),
-        ({"mesh": mesh, "axis": "tp", "device": jax.devices()[0]}, "device: cannot be given"),
+        (
+            {"mesh": mesh, "axis": "tp", "device": jax.devices()[0]},
+            "device: cannot be combined with mesh",
+        ),
     ):
         with pytest.raises(ValueError, match=wanted):
             kvp.KVPool(spec, "4MiB", **arguments)

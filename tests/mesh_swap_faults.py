@@ -141,7 +141,10 @@ def refusals(path: str) -> None:
         heads = {"mesh": mesh, "axis": "tp"}
         cases: list[tuple[dict[str, Any], str]] = [
             (sequences, "store: not with sequence_axis: nothing is committed there"),
-            ({**heads, "store": store, "write_ahead": 0.5}, "write_ahead: cannot be given with"),
+            (
+                {**heads, "store": store, "write_ahead": 0.5},
+                "write_ahead: cannot be combined with mesh",
+            ),
             ({**heads, "store": "/tmp"}, "wanted a BlockStore, a HostStore or None"),
         ]
         for arguments, wanted in cases:

@@ -16,7 +16,7 @@ from abstract_values import BATCH, LAYERS, abstract_cache, make_kv, make_q
 
 import jax_kvpage as kvp
 
-_RANGE = "that float32 can hold (1.2e-38 to 3.4e+38)"
+_RANGE = "that float32 can hold (1.2e-38 to 2.4e+38)"
 
 
 def _mistakes(call: Callable[[], Any]) -> list[str]:

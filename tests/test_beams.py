@@ -15,11 +15,11 @@ import pytest
 from llama.arguments import BUNDLED
 from llama.checkpoint import load_model
 from llama.config import LlamaConfig, load_config
-from llama.engine import ServedEngine
-from llama.generate import Engine, Request
+from llama.engine_runner import EngineRunner
 from llama.model import Llama
 from llama.programs import Programs
 from llama.sampling import Sampling
+from llama.scan_runner import Request, ScanRunner
 from llama.tokenizer import Tokenizer
 from llama_models import cache_spec, random_model, served_step
 
@@ -98,10 +98,10 @@ def _reference_beams(
 
 def _engine(
     pool: kvp.KVPool, model: Llama | None = None, stops: tuple[int, ...] = (), width: int = _WIDTH
-) -> ServedEngine:
+) -> EngineRunner:
     step = served_step(model or _model())
     stops = stops or _config().eos_token_ids
-    return ServedEngine(*step, pool, Sampling(), stops, num_beams=width)
+    return EngineRunner(*step, pool, Sampling(), stops, num_beams=width)
 
 
 def _assert_beams(found: list[dict[str, Any]], want: tuple[list[list[int]], list[float]]) -> None:
@@ -296,14 +296,14 @@ def _sampled(stop_ids: tuple[int, ...]) -> Programs:
 
 def _samples(
     layout: str, requests: Sequence[Request], blocks: int | None = None, scan_steps: int = 0
-) -> Engine | ServedEngine:
+) -> ScanRunner | EngineRunner:
     stop_ids = _config().eos_token_ids
-    engine: Engine | ServedEngine
+    engine: ScanRunner | EngineRunner
     with _pool(layout, _SAMPLES, blocks) as pool:
         if scan_steps:
-            engine = Engine(_sampled(stop_ids), pool, stop_ids, scan_steps=scan_steps)
+            engine = ScanRunner(_sampled(stop_ids), pool, stop_ids, scan_steps=scan_steps)
         else:
-            engine = ServedEngine(*served_step(_model()), pool, _SAMPLING, stop_ids)
+            engine = EngineRunner(*served_step(_model()), pool, _SAMPLING, stop_ids)
         engine.run(requests)
         pool.trim()
         assert pool.stats().blocks_free == pool.stats().blocks_total

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from llama.generate import Request
+from llama.scan_runner import Request
 from llama.stream import Printer, TextStream
 from llama.tokenizer import Tokenizer
 from llama_models import write_byte_tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 
 from .arguments import InputError
 from .chat import ChatTemplate
-from .generate import Request
+from .scan_runner import Request
 from .tokenizer import Tokenizer
 
 __all__ = ["Conversation"]

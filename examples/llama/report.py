@@ -10,14 +10,14 @@ from rich.table import Table
 
 import jax_kvpage
 
-from .engine import ServedEngine
-from .generate import Engine, Request
+from .engine_runner import EngineRunner
+from .scan_runner import Request, ScanRunner
 
 __all__ = ["figures", "plot_memory", "print_table", "turn_figures"]
 
 
 def figures(
-    engine: Engine | ServedEngine,
+    engine: ScanRunner | EngineRunner,
     requests: Sequence[Request],
     spec: jax_kvpage.CacheSpec,
     stats: jax_kvpage.PoolStats,
@@ -58,7 +58,7 @@ def figures(
         "system_calls_per_token": round(stats.system_calls / max(generated, 1), 4),
         "stalls": engine.stalls,
         "preemptions": sum(request.preemptions for request in requests),
-        "accepted_guesses": engine.accepted if isinstance(engine, ServedEngine) else 0,
+        "accepted_guesses": engine.accepted if isinstance(engine, EngineRunner) else 0,
     }
 
 
@@ -112,7 +112,7 @@ def print_table(values: dict[str, Any]) -> None:
 
 
 def plot_memory(
-    engine: Engine | ServedEngine, values: dict[str, Any], file: str | pathlib.Path
+    engine: ScanRunner | EngineRunner, values: dict[str, Any], file: str | pathlib.Path
 ) -> None:
     """Plots mapped memory over time against the size of a static cache.
 

@@ -19,8 +19,7 @@ from jax_kvpage.serving import DraftModel
 from .arguments import BUNDLED, InputError, talks
 from .checkpoint import CheckpointError, load_model
 from .config import ConfigError, LlamaConfig, load_config
-from .engine import ServedEngine
-from .generate import Engine, Request
+from .engine_runner import EngineRunner
 from .mesh import make_mesh, pool_bytes, sharded_step
 from .mesh_programs import ShardedPrograms
 from .model import Llama
@@ -28,11 +27,12 @@ from .pools import make_spec, open_pool, sequence_length
 from .programs import Programs
 from .report import figures, plot_memory, print_table, turn_figures
 from .sampling import Sampling
+from .scan_runner import Request, ScanRunner
 from .script import make_script
 from .serving import make_draft, model_step
 from .stream import Printer
 from .tokenizer import Tokenizer, TokenizerError
-from .turns import ConversationEngine
+from .turns import ConversationRunner
 
 __all__ = ["run"]
 
@@ -119,7 +119,7 @@ def make_engine(
     printer: Printer | None,
     draft: DraftModel | None,
     mesh: jax.sharding.Mesh | None,
-) -> Engine | ServedEngine:
+) -> ScanRunner | EngineRunner:
     """Makes the engine for the arguments."""
     stop_ids = config.eos_token_ids
     on_token = printer.token if printer else None
@@ -129,7 +129,7 @@ def make_engine(
             step, weights = model_step(model, args.implementation)
         else:
             step, weights = sharded_step(model, mesh, args.implementation)
-        return ServedEngine(
+        return EngineRunner(
             step,
             weights,
             pool,
@@ -148,7 +148,7 @@ def make_engine(
         programs = Programs(model, sampling, stop_ids, args.implementation)
     else:
         programs = ShardedPrograms(model, mesh, sampling, stop_ids, args.implementation)
-    return (ConversationEngine if args.turn else Engine)(
+    return (ConversationRunner if args.turn else ScanRunner)(
         programs,
         pool,
         stop_ids,
@@ -209,14 +209,14 @@ def _run(args: argparse.Namespace) -> None:
                 stack.enter_context(draft.pool)
         printer = None if args.json else Printer([], [], tokenizer)
         engine = make_engine(args, model, pool, sampling, config, printer, draft, mesh)
-        if isinstance(engine, ServedEngine):
+        if isinstance(engine, EngineRunner):
             stack.enter_context(engine)
         answered, seconds = [], 0.0
         for requests, leads in script.turns():
             begin = time.monotonic()
             if printer:
                 printer.start(requests, leads)
-            if isinstance(engine, ServedEngine):
+            if isinstance(engine, EngineRunner):
                 engine.run(requests, script.interrupted)
             else:
                 engine.run(requests)
@@ -250,7 +250,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _sequences(
     requests: list[Request],
-    engine: Engine | ServedEngine,
+    engine: ScanRunner | EngineRunner,
     tokenizer: Tokenizer,
     conversations: bool,
 ) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ def _sequences(
     if conversations:
         for sequence, request in zip(sequences, requests, strict=True):
             sequence["cached_tokens"] = request.cached_tokens
-    if isinstance(engine, ServedEngine) and engine.hypotheses:
+    if isinstance(engine, EngineRunner) and engine.hypotheses:
         for sequence, found in zip(sequences, engine.hypotheses, strict=True):
             sequence["beams"] = found
     return sequences

@@ -9,8 +9,8 @@ from .chat import ChatTemplate
 from .config import LlamaConfig
 from .console import Console
 from .conversation import Conversation
-from .generate import Request
 from .prompts import InputError, read_prompts, read_turns
+from .scan_runner import Request
 from .tokenizer import Tokenizer, TokenizerError
 from .turns import next_turn
 

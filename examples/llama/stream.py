@@ -1,6 +1,6 @@
 """Streaming: turns ids into pieces of text, and prints those of several sequences in order."""
 
-from .generate import Request
+from .scan_runner import Request
 from .tokenizer import Tokenizer, common_start
 
 __all__ = ["Printer", "TextStream"]

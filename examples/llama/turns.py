@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import jax
 
-from .generate import Engine, Request
+from .scan_runner import Request, ScanRunner
 
-__all__ = ["ConversationEngine", "next_turn"]
+__all__ = ["ConversationRunner", "next_turn"]
 
 
-class ConversationEngine(Engine):
+class ConversationRunner(ScanRunner):
     """An engine whose requests reuse the tokens of earlier ones; run it once for each turn."""
 
     def _place(self, request: Request, donor: Request | None, wait: bool) -> int | None:

@@ -52,7 +52,7 @@ def _positive_number(name: str, value: Any, default: float, problems: list[str])
         return default
     if not is_number(value) or not _LEAST <= value <= _MOST:
         problems.append(
-            f"{name}: wanted a positive number for float32 ({_LEAST:.2g} to {_MOST:.2g}) "
+            f"{name}: wanted a positive number that float32 can hold ({_LEAST:.2g} to {_MOST:.2g}) "
             f"or None, got {value!r}"
         )
         return default

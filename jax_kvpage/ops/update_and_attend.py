@@ -52,10 +52,10 @@ def update_and_attend(
     *,
     layer: int | jax.Array,
     scale: float | None = None,
-    logits_soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     addressing: Literal["slots", "table"] = "slots",
@@ -72,7 +72,7 @@ def update_and_attend(
         cache: the cache, with room mapped for the new tokens.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
-        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation,
+        scale, sliding_window, logits_soft_cap, sinks, alibi_slopes, return_lse, implementation,
             addressing: as in `paged_attention`. With "table", k and v are also written through it.
 
     Returns:

@@ -19,16 +19,16 @@ from jax_kvpage.serving import (
     Watermark,
 )
 
-from .generate import Request, Sample, memory_sample
 from .sampling import Sampling
+from .scan_runner import Request, Sample, memory_sample
 from .sharing import SharingMeter
 
-__all__ = ["ServedEngine"]
+__all__ = ["EngineRunner"]
 
 _SMALLEST_PREFILL = 32  # tokens of the smallest program for prompts
 
 
-class ServedEngine:
+class EngineRunner:
     """Generates text for a list of requests from one pool. A context manager.
 
     Args:
@@ -96,7 +96,7 @@ class ServedEngine:
         self.sharing = SharingMeter()
         self.steps = 0
 
-    def __enter__(self) -> "ServedEngine":
+    def __enter__(self) -> "EngineRunner":
         return self
 
     def __exit__(self, *error: object) -> None:

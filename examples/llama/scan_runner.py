@@ -1,6 +1,7 @@
 """Runs requests with programs that decode many steps: admits requests as blocks allow, prefills,
 scans, and releases finished requests. Without --scan, the library's engine does all this
-(engine.py): it decides on the host for every step, whereas a scanned program maps its own blocks.
+(engine_runner.py): it decides on the host for every step, whereas a scanned program maps its own
+blocks.
 
 The schedule is the simplest one that neither wastes blocks nor ends requests early. Requests are
 served first come, first served; running ones get blocks before new ones are admitted. A request
@@ -25,7 +26,7 @@ import jax_kvpage
 from .programs import SMALLEST_PREFILL, Programs
 from .sharing import SharingMeter
 
-__all__ = ["Engine", "Request", "Sample", "memory_sample"]
+__all__ = ["Request", "Sample", "ScanRunner", "memory_sample"]
 
 
 @dataclasses.dataclass
@@ -79,7 +80,7 @@ def memory_sample(pool: jax_kvpage.KVPool, seconds: float, running: int) -> Samp
     return Sample(seconds, mapped, mapped - stats.parked - stats.draining, running)
 
 
-class Engine:
+class ScanRunner:
     """Generates text for a list of requests from one pool.
 
     Args:
