@@ -1,4 +1,4 @@
-"""The guide: its code runs as printed and prints what it shows, and its links lead somewhere.
+"""The guide: its code runs as printed and prints what it shows. Links of all pages lead somewhere.
 
 The pages compare their results with dense attention themselves.
 """
@@ -12,9 +12,12 @@ import pytest
 from markdown_code import python_blocks, run_page
 from subprocesses import run_python
 
-_GUIDE = pathlib.Path(__file__).parents[1] / "examples" / "guide"
+_ROOT = pathlib.Path(__file__).parents[1]
+_GUIDE = _ROOT / "examples" / "guide"
 _INDEX = _GUIDE / "README.md"
 _PAGES = sorted(page for page in _GUIDE.glob("*.md") if page != _INDEX)
+_OTHERS = ("README.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md")
+_LINKED = [_INDEX, *_PAGES, _GUIDE.parent / "reference.md", *(_ROOT / name for name in _OTHERS)]
 
 
 def _runs_alone(page: pathlib.Path) -> bool:
@@ -52,15 +55,18 @@ def test_a_page_checks_its_results_and_uses_public_names(page: pathlib.Path) -> 
     assert not re.search(r"kvp\._|jax_kvpage\.|jax\._src|\bpool\._", code)
 
 
-@pytest.mark.parametrize("page", [_INDEX, *_PAGES], ids=lambda p: p.stem)
-def test_links_lead_to_files_and_headings(page: pathlib.Path) -> None:
+def _anchors(page: pathlib.Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", _LINKED, ids=lambda p: str(p.relative_to(_ROOT)))
+def test_links_lead_to_files_and_headings(page: pathlib.Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        else:
-            assert (page.parent / link).exists(), link
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file) if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
 
 
 def test_the_index_names_every_page() -> None:
