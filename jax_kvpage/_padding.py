@@ -149,7 +149,7 @@ def as_mask(name: str, mask: Any, sequences: int) -> jax.Array:
             mask = np.asarray(mask)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{wanted}, got {mask!r}") from error
-        if mask.size == 0:  # [[], []] has no dtype of its own
+        if mask.size == 0:  # NumPy makes [[], []] an array of floats
             mask = mask.astype(np.bool_)
     right = mask.dtype == np.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)
     if not right or mask.ndim != 2 or mask.shape[0] != sequences:

@@ -1,5 +1,6 @@
-"""Helpers for tests of sequences that share blocks (test_sharing.py, test_truncate.py): pools of
-small blocks, a committed donor, and host calls that also update the model.
+"""Helpers for tests of sequences that share blocks (test_sharing.py, test_truncate.py) or drop
+their beginning (test_drop_before.py): pools of small blocks, a committed donor, and host calls that
+also update the model.
 """
 
 from __future__ import annotations
@@ -51,6 +52,19 @@ def fork(rig: Rig, slot: int, n: int, num_tokens: int | None = None) -> list[int
 def truncate(rig: Rig, slot: int, tokens: int) -> None:
     rig.cache = rig.pool.truncate(rig.cache, slot, tokens)
     rig.model.truncate(slot, tokens)
+
+
+def drop(rig: Rig, slot: int, tokens: int) -> None:
+    rig.cache = rig.pool.drop_before(rig.cache, slot, tokens)
+
+
+def mapped(rig: Rig, slot: int) -> list[int]:
+    """Returns the logical blocks that the slot maps, which must be the same in all ranges."""
+    (mapped,) = {
+        tuple(i for i, (block, _) in enumerate(row) if block >= 0)
+        for row in rig.pool.block_map(slot)
+    }
+    return list(mapped)
 
 
 def grow(rig: Rig, slot: int, n: int = 1) -> None:

@@ -79,7 +79,7 @@ def test_forks_of_slots_that_do_not_exist(pool: kvp.KVPool) -> None:
     assert pool.fork(cache, slot, 0)[0] == []
 
 
-@pytest.mark.parametrize("value", [1e39, 1e-60, 10**400, float("nan")])
+@pytest.mark.parametrize("value", [1e39, 3e38, 1e-60, 10**400, float("nan")])
 @pytest.mark.parametrize("option", ["scale", "logits_soft_cap"])
 def test_options_must_fit_float32(pool: kvp.KVPool, option: str, value: float) -> None:
     slot, cache = pool.acquire(pool.cache(), 5)

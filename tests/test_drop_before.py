@@ -11,7 +11,7 @@ import pytest
 from harness import RUN_TIME_ERRORS, Rig, busy, make_batch
 from mistakes import fails
 from reference_numpy import Variant
-from sharing_rig import filled, fork, pool_of, spec_of, truncate
+from sharing_rig import drop, filled, fork, mapped, pool_of, spec_of, truncate
 
 import jax_kvpage as kvp
 
@@ -23,19 +23,6 @@ _WINDOWED = Variant(sliding_window=_WINDOW)
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
     """A sequence of 70 tokens in blocks of 16; memory is poisoned before a request gets it."""
     return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
-
-
-def _drop(rig: Rig, slot: int, tokens: int) -> None:
-    rig.cache = rig.pool.drop_before(rig.cache, slot, tokens)
-
-
-def _mapped(rig: Rig, slot: int) -> list[int]:
-    """Returns the logical blocks that the slot maps, which must be the same in all ranges."""
-    (mapped,) = {
-        tuple(i for i, (block, _) in enumerate(row) if block >= 0)
-        for row in rig.pool.block_map(slot)
-    }
-    return list(mapped)
 
 
 def _attend(rig: Rig, slot: int, window: int | None, n: int = 1, **options: object) -> jax.Array:
@@ -59,13 +46,13 @@ def _check(rig: Rig, slot: int, n: int = 2) -> None:
 def test_whole_blocks_come_back(rig) -> None:
     rig, slot = rig
     ranges, before = len(rig.pool.block_map(slot)), rig.pool.stats()
-    _drop(rig, slot, 70 - _WINDOW + 1)  # 51: three blocks of 16
+    drop(rig, slot, 70 - _WINDOW + 1)  # 51: three blocks of 16
     rig.pool.check(rig.cache)
     after = rig.pool.stats()
     assert after.blocks_mapped == before.blocks_mapped - 3 * ranges
     assert after.blocks_free == before.blocks_free + 3 * ranges
     assert after.waits == before.waits
-    assert _mapped(rig, slot) == [3, 4]
+    assert mapped(rig, slot) == [3, 4]
     assert rig.pool.block_map(slot)[0][:3] == [(-1, 0)] * 3
     assert [x.block for x in rig.pool.block_map(slot, owners=True)[0][:3]] == [-1] * 3
     row = rig.pool.slot_table()[0]
@@ -77,12 +64,12 @@ def test_whole_blocks_come_back(rig) -> None:
 def test_what_is_less_than_a_block_or_dropped_already_changes_nothing(rig) -> None:
     rig, slot = rig
     cache = rig.cache
-    _drop(rig, slot, 15)
+    drop(rig, slot, 15)
     assert rig.cache is cache
-    _drop(rig, slot, 40)
+    drop(rig, slot, 40)
     cache = rig.cache
     for tokens in (-20, 0, 32, 47):
-        _drop(rig, slot, tokens)
+        drop(rig, slot, tokens)
     assert rig.cache is cache
     assert rig.pool.slot_table()[0].dropped_tokens == 32
     _check(rig, slot)
@@ -94,10 +81,10 @@ def test_lists(rig) -> None:
     rig.write({other: 70})
     rig.cache = rig.pool.drop_before(rig.cache, [slot, other], [40, 51])
     rig.pool.check(rig.cache)
-    assert (_mapped(rig, slot), _mapped(rig, other)) == ([2, 3, 4], [3, 4])
+    assert (mapped(rig, slot), mapped(rig, other)) == ([2, 3, 4], [3, 4])
     rig.cache = rig.pool.drop_before(rig.cache, [slot, other], 48)
     rig.pool.check(rig.cache)
-    assert (_mapped(rig, slot), _mapped(rig, other)) == ([3, 4], [3, 4])
+    assert (mapped(rig, slot), mapped(rig, other)) == ([3, 4], [3, 4])
     out, _, want, _ = rig.step([(slot, 3), (other, 4)], _WINDOWED)
     np.testing.assert_allclose(out[:, :7], want[:, :7], atol=1e-4)
 
@@ -121,7 +108,7 @@ def _check_window(rig, window: int | None, n: int, seen: bool, addressing: str) 
     rig, slot = rig
     traced = None if window is None else jnp.int32(window)
     before = _attend(rig, slot, traced, n, addressing=addressing)
-    _drop(rig, slot, 48)
+    drop(rig, slot, 48)
     rig.pool.check(rig.cache)
 
     def attend() -> jax.Array:
@@ -136,7 +123,7 @@ def _check_window(rig, window: int | None, n: int, seen: bool, addressing: str) 
 
 def test_reads_of_the_whole_slot_fail(rig) -> None:
     rig, slot = rig
-    _drop(rig, slot, 51)
+    drop(rig, slot, 51)
     fails("below 48 were dropped", lambda: kvp.read_kv(rig.cache, [slot], 0))
     fails("below 48 were dropped", lambda: _attend(rig, slot, 10, implementation="xla"))
     q, k = jnp.ones((1, rig.query_heads, 64)), jnp.ones((1, 2, 64))
@@ -152,7 +139,7 @@ def test_reads_of_the_whole_slot_fail(rig) -> None:
 
 def test_it_cannot_become_shorter_than_what_is_dropped(rig) -> None:
     rig, slot = rig
-    _drop(rig, slot, 40)
+    drop(rig, slot, 40)
     rig.pool.check(rig.cache)
     with pytest.raises(kvp.KVPageError, match=r"below 32 were dropped.*cannot become shorter"):
         rig.pool.truncate(rig.cache, slot, 31)
@@ -176,20 +163,20 @@ def test_it_cannot_become_shorter_than_what_is_dropped(rig) -> None:
 def test_it_cannot_drop_more_than_it_has(rig) -> None:
     rig, slot = rig
     with pytest.raises(ValueError, match="cannot drop its tokens below 90, it has 80"):
-        _drop(rig, slot, 90)  # more than the slot has room for
+        drop(rig, slot, 90)  # more than the slot has room for
     with pytest.raises(ValueError, match="named twice"):
         rig.pool.drop_before(rig.cache, [slot, slot], 20)
     with pytest.raises(ValueError, match="does not exist"):
-        _drop(rig, 99, 20)
+        drop(rig, 99, 20)
     with pytest.raises(kvp.KVPageError, match="acquire it first"):
-        _drop(rig, (slot + 1) % rig.spec.max_slots, 0)
+        drop(rig, (slot + 1) % rig.spec.max_slots, 0)
     with pytest.raises(ValueError, match="2 slots, but 1 num_tokens"):
         rig.pool.drop_before(rig.cache, [slot, slot], [20])
     empty = rig.acquire(40)
     with pytest.raises(RUN_TIME_ERRORS, match="cannot drop its tokens below 32, it has 0"):
         jax.block_until_ready(rig.pool.drop_before(rig.cache, empty, 32))
     rig.cache = rig.pool.cache()  # the drop did not run
-    assert len(_mapped(rig, empty)) == 3
+    assert len(mapped(rig, empty)) == 3
     rig.write({empty: 40})
     _check(rig, empty)
     _check(rig, slot)
@@ -200,10 +187,10 @@ def test_what_others_share_stays_with_them(rig) -> None:
     other = fork(rig, slot, 1)[0]
     before = rig.pool.stats().blocks_mapped
     ranges = len(rig.pool.block_map(slot))
-    for target, mapped in ((slot, before), (other, before - 2 * ranges)):
-        _drop(rig, target, 40)
+    for target, blocks in ((slot, before), (other, before - 2 * ranges)):
+        drop(rig, target, 40)
         rig.pool.check(rig.cache)
-        assert rig.pool.stats().blocks_mapped == mapped
+        assert rig.pool.stats().blocks_mapped == blocks
         out, _, want, _ = rig.step([(slot, 1), (other, 1)], _WINDOWED)
         np.testing.assert_allclose(out[:, :2], want[:, :2], atol=1e-4)
     with pytest.raises(kvp.KVPageError, match="has dropped its tokens below 32"):
@@ -222,12 +209,12 @@ def test_what_others_share_stays_with_them(rig) -> None:
 
 def test_a_released_slot_keeps_nothing_and_is_whole_again(rig) -> None:
     rig, slot = rig
-    _drop(rig, slot, 51)
+    drop(rig, slot, 51)
     rig.release(slot)
     rig.pool.check(rig.cache)
     for _ in range(rig.spec.max_slots):  # each slot once
         other = rig.acquire(70)
-        assert len(_mapped(rig, other)) == 5
+        assert len(mapped(rig, other)) == 5
         rig.write({other: 70})
         jax.block_until_ready(kvp.read_kv(rig.cache, [other], 0))
         rig.release(other)
@@ -242,12 +229,12 @@ def test_order_with_queued_programs(rig) -> None:
         pytest.skip("on a device the call waits")
     _attend(rig, slot, None).block_until_ready()
     want = np.asarray(_attend(rig, slot, None))
-    _drop(rig, slot, 16)  # compiles everything
+    drop(rig, slot, 16)  # compiles everything
     rig.pool.check(rig.cache)
     before = rig.pool.stats()
     rig.cache = kvp.after(rig.cache, busy(1))
-    _drop(rig, slot, 51)
-    _drop(rig, slot, 64)
+    drop(rig, slot, 51)
+    drop(rig, slot, 64)
     assert rig.pool.stats().blocks_mapped == before.blocks_mapped
     with pytest.raises(kvp.KVPageError, match="below 64"):
         rig.pool.truncate(rig.cache, slot, 63)
@@ -273,7 +260,7 @@ def test_a_drop_whose_program_fails_never_happened(rig) -> None:
 
 def test_a_call_that_cannot_be_queued_changes_nothing(rig, monkeypatch) -> None:
     rig, slot = rig
-    _drop(rig, slot, 16)
+    drop(rig, slot, 16)
 
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
@@ -281,15 +268,15 @@ def test_a_call_that_cannot_be_queued_changes_nothing(rig, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(rig.pool._queue, "run", broken)
         with pytest.raises(KeyboardInterrupt):
-            _drop(rig, slot, 51)
+            drop(rig, slot, 51)
     assert rig.pool.slot_table()[0].dropped_tokens == 16
-    assert _mapped(rig, slot) == [1, 2, 3, 4]
+    assert mapped(rig, slot) == [1, 2, 3, 4]
     _check(rig, slot)
 
 
 def test_what_was_dropped_stays_dropped_in_a_new_generation(rig) -> None:
     rig, slot = rig
-    _drop(rig, slot, 51)
+    drop(rig, slot, 51)
     rig.pool.check(rig.cache)
     rig.cache = rig.pool.cache()
     fails("below 48 were dropped", lambda: kvp.read_kv(rig.cache, [slot], 0))
@@ -301,7 +288,7 @@ def test_what_was_dropped_stays_dropped_in_a_new_generation(rig) -> None:
 def test_views_show_zeros(make_pool) -> None:
     rig, slot = filled(pool_of(make_pool, spec_of("per_layer"), 64, poison=True), 70)
     early, _ = rig.pool.view(0, slot)
-    _drop(rig, slot, 51)
+    drop(rig, slot, 51)
     rig.pool.check(rig.cache)
     late, _ = rig.pool.view(0, slot)
     want, _ = rig.model.context(slot, 0)
@@ -327,7 +314,7 @@ def test_it_is_not_found_by_its_tokens(make_pool, layout: str) -> None:
     other, cached, rig.cache = pool.acquire_prefix(rig.cache, ids[:40])
     assert cached == 39  # shares two blocks
     rig.model.fork(slot, other, 39)
-    _drop(rig, slot, 51)
+    drop(rig, slot, 51)
     pool.check(rig.cache)
     assert pool.find_prefix(ids) <= 40, "what the other one has may still be found"
     _check(rig, slot)
@@ -338,71 +325,9 @@ def test_it_is_not_found_by_its_tokens(make_pool, layout: str) -> None:
     # A request for the same tokens gets a complete slot with the right contents.
     again, cached, rig.cache = pool.acquire_prefix(rig.cache, ids)
     assert cached <= 40
-    assert len(_mapped(rig, again)) == 5
+    assert len(mapped(rig, again)) == 5
     rig.cache = pool.release(rig.cache, [again, other])
     pool.check(rig.cache)
     pool.evict(64 * rig.spec.block_bytes)
     pool.trim()
     assert pool.stats().blocks_free == 64
-
-
-def _found_prompt(rig: Rig) -> tuple[int, list[int]]:
-    """Returns the slot of a written sequence that the prefix index may have, and its ids."""
-    ids = list(range(70))
-    slot, _, rig.cache = rig.pool.acquire_prefix(rig.cache, ids)
-    rig.model.acquire(slot)
-    rig.write({slot: len(ids)})
-    rig.pool.commit(slot, ids)
-    return slot, ids
-
-
-@pytest.mark.parametrize("generation", [False, True])
-def test_what_is_left_of_a_released_sequence_is_not_found(make_pool, layout, generation) -> None:
-    rig = Rig(pool_of(make_pool, spec_of(layout), 64))
-    slot, ids = _found_prompt(rig)
-    assert rig.pool.find_prefix(ids) == 69
-    _drop(rig, slot, 32)
-    rig.cache = rig.pool.release(rig.cache, slot)
-    rig.pool.check(rig.cache)
-    if generation:  # the slot is free, with the rest of its blocks still mapped
-        rig.cache = rig.pool.cache()
-    assert rig.pool.find_prefix(ids) == 0
-    _, num_cached, rig.cache = rig.pool.acquire_prefix(rig.cache, ids)
-    assert num_cached == 0
-    rig.pool.check(rig.cache)
-
-
-@pytest.mark.parametrize("found_before", [False, True])
-@pytest.mark.parametrize("runs", ["before", "after", "never"])
-def test_an_interrupt_in_the_call(
-    make_pool, layout, monkeypatch: pytest.MonkeyPatch, runs: str, found_before: bool
-) -> None:
-    """Ctrl-C before the program is queued changes nothing; afterwards the tokens are gone."""
-    rig = Rig(pool_of(make_pool, spec_of(layout), 64))
-    slot, ids = _found_prompt(rig)
-    queue, queued = rig.pool._queue.run, []
-
-    def interrupted(*args, **options):
-        if runs == "before":
-            jax.block_until_ready(queue(*args, **options))
-        elif runs == "after":  # than the call has been undone
-            queued.append((args, options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rig.pool._queue, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        _drop(rig, slot, 32)
-    monkeypatch.undo()
-    if found_before:
-        assert rig.pool.find_prefix(ids) == (0 if runs == "before" else 69)
-    for args, options in queued:
-        jax.block_until_ready(queue(*args, **options))
-    left = 69 if runs == "never" else 0
-    assert rig.pool.find_prefix(ids) == left
-    rig.cache = rig.pool.cache()
-    assert _mapped(rig, slot) == list(range(0 if left else 2, 5))
-    assert rig.pool.find_prefix(ids) == left
-    rig.cache = rig.pool.release(rig.cache, slot)
-    slot, num_cached, rig.cache = rig.pool.acquire_prefix(rig.cache, ids)
-    assert num_cached == left
-    rig.pool.check(rig.cache)

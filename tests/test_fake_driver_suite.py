@@ -35,6 +35,7 @@ _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_prefix_state_machine.py": {},
     "test_reuse_prefix.py": {},
     "test_drop_before.py": {"test_views_show_zeros": _VIEWS},
+    "test_drop_before_prefixes.py": {},
     "test_sharing.py": {"test_views_of_shared_slots": _VIEWS},
     "test_sharing_state_machine.py": {},
     "test_truncate.py": {},

@@ -67,7 +67,7 @@ Status Start(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
     const StateLock state = table.Lock();
     table.StartDrop(state, begin.slot, begin.tokens);
     if (pool.mirror == nullptr) continue;
-    table.progress(state).slots[begin.slot].dropped = begin.tokens;
+    table.NoteDropped(state, begin.slot, begin.tokens);
     pool.supply->NoteDrop(mapping, begin.slot);
   }
   pool.supply->FinishDrops(mapping);

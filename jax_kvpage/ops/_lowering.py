@@ -183,6 +183,7 @@ def register_lowerings(
             abstract value)`.
     """
     op = primitive.name.removeprefix("kvpage_")
+    shown = name or op
     custom_call = jax.ffi.ffi_lowering(
         f"jax_kvpage_{op}", has_side_effect=side_effect, operand_output_aliases=dict(aliases or {})
     )
@@ -199,7 +200,7 @@ def register_lowerings(
 
     def call(ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Any) -> Any:
         if side_effect:
-            _refuse_partitions(name or op, ctx)
+            _refuse_partitions(shown, ctx)
         attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
         return custom_call(ctx, *operands, **attributes)
 
@@ -211,7 +212,7 @@ def register_lowerings(
         if implementation == "xla":
             return lower_xla(ctx, operands, params)
         if implementation not in (None, "cpu"):
-            raise _refusal(name or op, implementation, "cpu", xla is not None, by_table(params))
+            raise _refusal(shown, implementation, "cpu", xla is not None, by_table(params))
         return call(ctx, operands, params)
 
     def lower_cuda(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -224,7 +225,7 @@ def register_lowerings(
         # package may lack CUDA too. Only where the program can run must the kernels exist.
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
-            raise _refusal(name or op, implementation, "cuda", plain, by_table(params))
+            raise _refusal(shown, implementation, "cuda", plain, by_table(params))
         avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None
         if plan is not None:
             value, aval = plan(ctx, operands, params)
@@ -243,9 +244,8 @@ def register_lowerings(
         if xla_is_default and implementation in (None, "xla"):
             return lower_xla(ctx, operands, params)
         platforms = ctx.platforms or ctx.module_context.platforms
-        raise _refusal(
-            name or op, implementation, ", ".join(platforms), xla_is_default, by_table(params)
-        )
+        where, table = ", ".join(platforms), by_table(params)
+        raise _refusal(shown, implementation, where, xla_is_default, table)
 
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     mlir.register_lowering(primitive, lower_cuda, platform="cuda")

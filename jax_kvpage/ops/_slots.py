@@ -49,7 +49,7 @@ def flattened(
     """Merges the calls of all elements of a mapped axis into one call.
 
     Returns:
-        The operands, the size of the axis, and the number of slots of each element.
+        The operands, and the size of the axis with the number of slots of each element.
     """
     names = (*_batching.CACHE, "slots", name)
     _batching.refuse(op, names, dims, _batching.must_be_mapped("slots"))

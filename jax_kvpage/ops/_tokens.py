@@ -157,7 +157,7 @@ def folded(operands: Sequence[Any], dims: Any, per_token: int) -> tuple[list[Any
         per_token: number of arrays with a token axis.
 
     Returns:
-        The operands, the size of the mapped axis, and T.
+        The operands, and the size of the mapped axis with T.
     """
     size = _batching.axis_size(operands, dims)
     slots, offsets = (_batching.front(operands[i], dims[i], size) for i in (3, 4))

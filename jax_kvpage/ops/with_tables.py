@@ -33,7 +33,7 @@ def _abstract(
     *avals: Any, kv_layout: int, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
 ) -> list[Any]:
     q, k_pages, v_pages, tables, lengths, offsets, window, sinks, alibi = avals
-    check = Checker("paged_attention_with_tables", problems)
+    check = Checker(_NAME, problems)
     check.array("k_pages", k_pages, _PAGE_DIMS[kv_layout], FLOATS)
     check.array("v_pages", v_pages, _PAGE_DIMS[kv_layout], FLOATS)
     if k_pages.dtype != v_pages.dtype:
