@@ -7,6 +7,8 @@ import pytest
 from harness import Rig
 from sharing_rig import drop, mapped, pool_of, spec_of
 
+import jax_kvpage as kvp
+
 
 def _found_prompt(rig: Rig) -> tuple[int, list[int]]:
     """Returns the slot of a written sequence that the prefix index may have, and its ids."""
@@ -61,6 +63,9 @@ def test_an_interrupt_in_the_call(
         jax.block_until_ready(queue(*args, **options))
     left = 69 if runs == "never" else 0
     assert rig.pool.find_prefix(ids) == left
+    if not left:
+        with pytest.raises(kvp.KVPageError, match="has dropped its tokens below 32"):
+            rig.pool.fork(rig.cache, slot, 1)
     rig.cache = rig.pool.cache()
     assert mapped(rig, slot) == list(range(0 if left else 2, 5))
     assert rig.pool.find_prefix(ids) == left

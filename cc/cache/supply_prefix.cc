@@ -29,7 +29,7 @@ void Supply::SyncIndex(const MappingLock& lock) {
     for (const std::int32_t slot : table_->TakeCommits(state)) {
       const HostSlot& host = table_->host(state, slot);
       if (host.space < 0 || host.state == SlotState::kDraining) continue;  // noted again when it is free
-      if (host.dropped > 0 || arena_->hole(slot) > 0) continue;
+      if (host.dropped > 0) continue;
       Row row{slot, host.space, host.fewest, host.committed};
       const auto most = std::min<std::int64_t>(row.ids.size(), host.exact);
       row.ids.resize(most);
