@@ -250,10 +250,11 @@ def test_refused_in_words(one: _Setup, case: str) -> None:
         call(one, stacked)
 
 
-def test_malformed_offsets_of_any_element_are_seen(one: _Setup) -> None:
+@pytest.mark.parametrize("element", range(_ELEMENTS))
+def test_malformed_offsets_of_any_element_are_seen(one: _Setup, element: int) -> None:
     """In concatenated elements, a later one that does not begin at 0 could pass for padding."""
     s = one
-    offsets = s.batches.query_offsets.at[1, 0].set(1)
+    offsets = s.batches.query_offsets.at[element, 0].set(1)
     bad = kvp.Batch(s.batches.slots, offsets)
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="query_offsets"):
         jax.block_until_ready(

@@ -285,3 +285,12 @@ def test_a_mask_without_columns() -> None:
         assert batch.query_offsets.tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match=r"wanted bool\[2, T\]"):
         kvp.Batch.from_mask([0, 1], [])
+
+
+def test_queries_without_heads(make_pool) -> None:
+    pool = make_pool(_spec())
+    slots, cache = pool.acquire(pool.cache(), [4])
+    with pytest.raises(ValueError, match="q: wanted a multiple of the 2 key/value heads"):
+        kvp.paged_attention(
+            jnp.zeros((1, 1, 0, _DIM)), cache, kvp.Batch.padded(slots, [1], 1), layer=0
+        )

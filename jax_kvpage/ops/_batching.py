@@ -142,12 +142,12 @@ def flatten_rows(operands: Sequence[Any], dims: Dims, size: int) -> list[jax.Arr
 
 
 def merge_rows(array: jax.Array) -> jax.Array:
-    """[B, n, ...] -> [B * n, ...]; -1 as a dimension would not do for arrays without elements."""
-    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+    """[B, n, ...] -> [B * n, ...]."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def split_rows(array: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """[B * n, ...] -> [B, n, ...]."""
+    """[B * n, ...] -> [B, n, ...]; n cannot be found from the array if B is 0."""
     return array.reshape(*shape, *array.shape[1:])
 
 
